@@ -1,0 +1,305 @@
+"""A run on disk: config.json, log.jsonl, checkpoints and exported weights, each whole or absent at any moment."""
+
+import argparse
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+from data import Diverged, InputError, first_line
+
+# Arguments that may differ between a checkpoint and the run that resumes it: they do not change the mathematics.
+FREE_ARGUMENTS = {
+    "data_root", "download", "device", "workers", "output_dir", "resume", "checkpoint_minutes",
+    "eval_every", "log_every", "max_steps", "hub_repo", "weights", "grad_accum",
+}  # fmt: skip
+
+UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError)  # what torch.load raises
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in its place: a reader sees the old file or the
+    whole new one, whenever the process dies. Raises InputError where the directory cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise InputError(f"cannot write {path} ({first_line(error)}); free some space or choose another directory") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_json(values: dict) -> str:
+    """One line of valid JSON; numbers that JSON has no name for (nan, inf) become null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps(finite, allow_nan=False)
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Write `values` to `path`, indented, atomically."""
+    text = json.dumps(json.loads(to_json(values)), indent=2) + "\n"
+    write_atomically(path, lambda file: file.write_text(text))
+
+
+def read_log(path: Path) -> list[dict]:
+    """The events in a log.jsonl, without a last line that a dying process left half-written; [] where there is none."""
+    events = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return events
+
+
+def load_state_dict_file(path: str | Path) -> dict[str, torch.Tensor]:
+    """The state dict stored in `path`, on the CPU. Nothing but tensors and plain containers is ever unpickled. Raises
+    InputError when the file is missing, damaged, or holds anything else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        reason = "not a file of plain tensors" if isinstance(error, pickle.UnpicklingError) else first_line(error)
+        raise InputError(f"weights file {path} cannot be loaded ({reason}); give a state dict saved with torch.save") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"weights file {path} does not hold a state dict (name -> tensor); give backbone.pth of a run")
+    return state
+
+
+def load_strictly(module: nn.Module, path: str | Path) -> None:
+    """Load the state dict in `path` into `module`; every name and shape must match, else InputError names the first
+    that does not."""
+    state, expected = load_state_dict_file(path), module.state_dict()
+    complaints = (
+        [f"{name} is missing" for name in expected.keys() - state.keys()]
+        + [f"{name} is not part of this backbone" for name in state.keys() - expected.keys()]
+        + [
+            f"{name} has shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in state and state[name].shape != tensor.shape
+        ]
+    )
+    if complaints:
+        more = f" and {len(complaints) - 1} more" if len(complaints) > 1 else ""
+        raise InputError(f"weights file {path} does not fit: {min(complaints)}{more}; check --backbone and --weights")
+    module.load_state_dict(state, strict=True)
+
+
+def config_beside(weights: str | None) -> dict:
+    """The config.json of the run that wrote the file `weights`; {} where there is none."""
+    path = Path(weights).parent / "config.json" if weights else None
+    if path is None or not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is damaged ({first_line(error)}); restore or remove it") from error
+
+
+def write_result(args: argparse.Namespace, name: str, result: dict) -> None:
+    """Write an evaluation's result to args.output; default: the file `name` beside args.weights, or in the directory of
+    the frozen baseline. Prints the score."""
+    beside = Path(args.weights).parent if args.weights and args.method != "frozen" else Path(f"runs/{args.dataset}/frozen/seed{args.seed}")
+    path = Path(args.output) if args.output else beside / name
+    write_json(path, result)
+    print(f"{args.dataset} {args.method} seed {result['seed']}: top-1 {result['top1']:.2f} % of {result['val_images']} images -> {path}")
+
+
+def environment(world) -> dict:
+    """What config.json says beside the arguments: source, versions and hardware."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # not a git checkout
+        commit = None
+    cuda = world.device.type == "cuda"
+    return {
+        "git_commit": commit,
+        "torch_version": torch.__version__,
+        "device_name": torch.cuda.get_device_name(world.device) if cuda else "cpu",
+        "world_size": world.size,
+    }
+
+
+class Meter:
+    """Sums over the samples of several steps. They stay on the device, so that no step waits for the host."""
+
+    def __init__(self):
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def add(self, sums: dict[str, torch.Tensor]) -> None:
+        """Add the sums of one step; "max_ratio" is a maximum instead."""
+        for name, value in sums.items():
+            if name in self.sums:
+                value = torch.maximum(self.sums[name], value) if name == "max_ratio" else self.sums[name] + value
+            self.sums[name] = value
+
+    def read(self) -> dict[str, float]:
+        """The sums over all ranks, as numbers; the meter starts anew."""
+        names = [name for name in self.sums if name != "max_ratio"]
+        sums, peak = torch.stack([self.sums[name] for name in names]), self.sums.get("max_ratio")
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+            if peak is not None:
+                dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        self.sums = {}
+        return dict(zip(names, sums.tolist(), strict=True)) | ({} if peak is None else {"max_ratio": peak.item()})
+
+
+def means(sums: dict[str, float]) -> dict[str, float]:
+    """Sums over samples -> means; "max_ratio" stays what it is."""
+    samples = max(sums["samples"], 1)
+    return {k: v if k == "max_ratio" else v / samples for k, v in sums.items() if k not in ("samples", "images")}
+
+
+class Run:
+    """One run's directory: what was asked (config.json), what happened (log.jsonl), where it stands (checkpoint.pt).
+
+    Rank 0 writes; all ranks call every method at the same step. `parts` are the objects whose state dicts make up a
+    checkpoint (None: absent). checkpoint_previous.pt is the checkpoint before the newest; it is used, with a warning,
+    when the newest does not load.
+    """
+
+    def __init__(self, args: argparse.Namespace, world, steps_per_epoch: int, **parts):
+        self.args, self.world, self.steps_per_epoch, self.parts = args, world, steps_per_epoch, parts
+        self.directory = Path(args.output_dir)
+        self.newest, self.previous = (self.directory / name for name in ("checkpoint.pt", "checkpoint_previous.pt"))
+        self.window, self.epoch_sums, self.warned = Meter(), {}, False
+        self.window_started = self.epoch_started = self.saved = time.monotonic()
+        self.bar = tqdm(total=steps_per_epoch, leave=False, disable=None if world.rank == 0 else True)
+
+    def start(self) -> int:
+        """Restore the parts from the checkpoint, where args.resume asks for it and there is one; write config.json;
+        drop the log's lines from after that checkpoint. Returns the step to go on from. Raises InputError."""
+        if not self.args.resume and (self.newest.exists() or self.previous.exists()):
+            raise InputError(f"--output-dir {self.directory} already holds a run; add --resume to go on with it, or choose another")  # fmt: skip
+        step = 0
+        if self.args.resume and (state := self._newest_state()):
+            for name, part in self.parts.items():
+                if part is not None:
+                    part.load_state_dict(state[name])
+            step, self.epoch_sums = state["step"], state["epoch_sums"]
+            self.say(f"resuming {self.directory} at step {step}")
+        if self.world.rank == 0:
+            write_json(self.directory / "config.json", vars(self.args) | environment(self.world))
+            kept = [event for event in read_log(self.directory / "log.jsonl") if event["step"] <= step] if step else []
+            text = "".join(to_json(event) + "\n" for event in kept)
+            write_atomically(self.directory / "log.jsonl", lambda file: file.write_text(text))
+        self.window_started = self.epoch_started = self.saved = time.monotonic()
+        return step
+
+    def _newest_state(self) -> dict | None:
+        broken = None
+        for path in (self.newest, self.previous):
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except FileNotFoundError:
+                continue
+            except UNREADABLE as error:
+                broken = broken or path
+                self.say(f"warning: {path} does not load ({first_line(error)}); looking for the one before it")
+                continue
+            for name, value in vars(self.args).items():
+                before = state["args"].get(name)
+                if name not in FREE_ARGUMENTS and value != before:
+                    flag = "--" + name.replace("_", "-")
+                    raise InputError(f"--resume: {flag} is {value}, but {before} in {self.directory}; give the same or another --output-dir")  # fmt: skip
+            return state
+        if broken:
+            raise InputError(f"--resume: {broken} does not load and there is no other; remove it to start from the beginning")
+        return None
+
+    def record(self, step: int, lr: float, sums: dict[str, torch.Tensor]) -> None:
+        """Take in what the step that ended measured; every args.log_every steps write a log line and, when
+        args.checkpoint_minutes have passed, a checkpoint. Raises Diverged."""
+        self.window.add(sums)
+        epoch, steps = divmod(step - 1, self.steps_per_epoch)
+        self.bar.desc, self.bar.n = f"epoch {epoch + 1}/{self.args.epochs}", steps
+        self.bar.update()
+        if step % self.args.log_every == 0:
+            self._flush(step, lr)
+            overdue = time.monotonic() - self.saved > 60 * self.args.checkpoint_minutes
+            if overdue and step % self.steps_per_epoch:  # the end of an epoch saves anyway
+                self.save(step, lr)
+
+    def _flush(self, step: int, lr: float) -> None:
+        """Write the line of the steps since the last one. Reading their sums waits for the device."""
+        if not self.window.sums:
+            return
+        sums = self.window.read()
+        self.epoch_sums = {
+            k: max(self.epoch_sums.get(k, 0.0), v) if k == "max_ratio" else self.epoch_sums.get(k, 0.0) + v
+            for k, v in sums.items()
+        }
+        now, values = time.monotonic(), means(sums)
+        self._log("step", step, values | {"lr": lr, "images_per_s": sums["images"] / (now - self.window_started)})
+        self.window_started = now
+        self.bar.set_postfix_str(f"loss {values['loss']:.4g}", refresh=False)
+        if not math.isfinite(values["loss"]):
+            raise Diverged(f"the loss is {values['loss']} at step {step}; try a lower --lr, --warmup-epochs or --max-grad-norm")
+        if values.get("max_ratio", 0) > 1e4 and not self.warned:
+            self.warned = True
+            self.say(
+                f"warning: the ratio p/q reached {values['max_ratio']:.1e} by step {step}: samples whose prediction flips "
+                "swamp the update; try --ratio-floor 0.1 or 1, --group-weighting policy, or a lower --lr"
+            )
+
+    def end_epoch(self, step: int, lr: float, metrics: dict[str, float]) -> None:
+        """Write the epoch's log line, `metrics` in it, and print its summary."""
+        self._flush(step, lr)
+        now, values = time.monotonic(), means(self.epoch_sums) | metrics
+        rate = self.epoch_sums["images"] / (now - self.epoch_started)
+        self._log("epoch", step, values | {"lr": lr, "images_per_s": rate})
+        self.epoch_sums, self.epoch_started, self.window_started = {}, now, now
+        parts = [f"epoch {step // self.steps_per_epoch}/{self.args.epochs}", f"loss {values['loss']:.4f}"]
+        parts += [f"accuracy {100 * values['accuracy']:.2f} %"]
+        if "max_ratio" in values:
+            parts += [f"clipped {100 * values['clip_fraction']:.1f} %", f"max ratio {values['max_ratio']:.3g}", f"KL {values['kl']:.3g}"]
+        parts += [f"lr {lr:.2e}", f"{rate:.0f} images/s"] + [f"{name} {value:.2f} %" for name, value in metrics.items()]
+        self.say("  ".join(parts), file=sys.stdout)
+
+    def save(self, step: int, lr: float) -> None:
+        """Store the state after `step` as the newest checkpoint; the newest so far becomes the previous one."""
+        self._flush(step, lr)
+        self.saved = time.monotonic()
+        if self.world.rank != 0:
+            return
+        state = {name: part.state_dict() if part is not None else None for name, part in self.parts.items()}
+        state |= {"step": step, "epoch_sums": self.epoch_sums, "args": vars(self.args)}
+
+        def write(file: Path) -> None:
+            torch.save(state, file)
+            if self.newest.exists():
+                os.replace(self.newest, self.previous)
+
+        write_atomically(self.newest, write)
+
+    def export(self, name: str, module: nn.Module) -> None:
+        """Write the state dict of `module`, on the CPU, to the file `name`."""
+        if self.world.rank == 0:
+            state = {key: value.detach().cpu() for key, value in module.state_dict().items()}
+            write_atomically(self.directory / name, lambda file: torch.save(state, file))
+
+    def say(self, text: str, file=sys.stderr) -> None:
+        """Print a line on rank 0 without breaking the progress bar."""
+        if self.world.rank == 0:
+            tqdm.write(text, file=file)
+
+    def _log(self, event: str, step: int, values: dict[str, float]) -> None:
+        if self.world.rank == 0:
+            line = {"event": event, "epoch": (step - 1) // self.steps_per_epoch, "step": step} | values
+            with open(self.directory / "log.jsonl", "a") as file:
+                file.write(to_json(line) + "\n")

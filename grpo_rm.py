@@ -1,0 +1,634 @@
+"""GRPO-RM: the method of "Fine-Tuning Representation Models via GRPO-Driven Reinforcement Learning" (arXiv 2511.15256).
+
+Three parts, in the order of the paper: the objective (one function per equation), the policy (backbone and head), and
+Algorithm 1 with its distributed and mixed-precision training. train_cls.py is the stage that puts them to work.
+
+Letters: B images, N samples (images or pixels), G outputs in the group (= classes), D features, H W pixels.
+The policy pi_theta gives p = softmax(logits); the old policy pi_theta_old gives q = softmax(old_logits).
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import itertools
+import math
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.models import VisionTransformer
+from tqdm import tqdm
+
+from checkpoint import Meter, Run, config_beside, load_strictly
+from data import IGNORE, PROTOCOLS, ArgumentParser, EvalLoader, InputError, Split, first_line, limit, load_splits, number
+
+# ------------------------------------------------------------------------------------------------------------------
+# Objective
+
+
+def accuracy_reward(targets: torch.Tensor, num_outputs: int) -> torch.Tensor:
+    """Eq. (3): c for the output that names the sample's class, 0 for the others. targets (N,) int64 -> (N, G) float32."""
+    rewards = torch.zeros(len(targets), num_outputs, device=targets.device)
+    return rewards.scatter_(1, targets[:, None], float(num_outputs))
+
+
+def uniformity_reward(old_probs: torch.Tensor, targets: torch.Tensor, kind: str = "eq4") -> torch.Tensor:
+    """The reward against confident wrong outputs, from the old policy's probabilities (N, G) and targets (N,) -> (N, G).
+
+    "eq4"   Eq. (4): -q_i (the paper's choice)
+    "eq5"   Eq. (5): (1 - q_k) / (c - 1) - q_i for i != k, and q_k for the target k
+    "none"  0, the paper's ablation
+    """
+    if kind == "eq4":
+        return -old_probs
+    if kind == "eq5":
+        target_prob = old_probs.gather(1, targets[:, None])  # (N, 1)
+        wrong = (1 - target_prob) / (old_probs.shape[1] - 1) - old_probs  # (N, G)
+        return wrong.scatter(1, targets[:, None], target_prob)
+    if kind == "none":
+        return torch.zeros_like(old_probs)
+    raise ValueError(f"uniformity {kind!r}: choose eq4, eq5 or none")
+
+
+def group_advantages(rewards: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Eq. (2): A_i = (r_i - mean(r)) / std(r) over the group. rewards (N, G) -> (N, G).
+
+    Paper silent: the std is that of the population (divided by c), because the group is the whole set of outputs. A
+    group whose rewards are all equal says nothing about its outputs and gets A = 0. With `weights` (N, G), each row
+    summing to 1, mean and std are the weighted ones, and 1e-4 is added to the std.
+    """
+    if weights is not None:
+        mean = (weights * rewards).sum(1, keepdim=True)  # (N, 1)
+        std = (weights * (rewards - mean) ** 2).sum(1, keepdim=True).sqrt()
+        return (rewards - mean) / (std + 1e-4)
+    centred = rewards - rewards.mean(1, keepdim=True)
+    std = centred.square().mean(1, keepdim=True).sqrt()
+    rounding = 4 * torch.finfo(rewards.dtype).eps * rewards.abs().amax(1, keepdim=True)
+    return torch.where(std > rounding, centred / std, 0)
+
+
+def log_probs(logits: torch.Tensor) -> torch.Tensor:
+    """log softmax over the last dimension, finite for any finite logits (the difference of two could overflow)."""
+    return F.log_softmax(logits, dim=-1).clamp(min=torch.finfo(logits.dtype).min / 8)
+
+
+def grpo_rm_loss(
+    logits: torch.Tensor,
+    old_logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    clip_eps: float = 0.2,
+    uniformity: str = "eq4",
+    accuracy_weight: float = 1.0,
+    uniformity_weight: float = 1.0,
+    background_penalty: float = 0.0,
+    weighting: str = "uniform",
+    ratio_floor: float = 0.0,
+    ignore_index: int = 255,
+    fused: bool = True,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Eq. (1) with beta = 0, negated: lines 6 to 8 of Algorithm 1.
+
+        J = mean over samples of sum_i g_i min(rho_i A_i, clip(rho_i, 1 - eps, 1 + eps) A_i),    loss = -J
+
+    Args:
+        logits, old_logits: (N, G), or maps (B, G, H, W), of the policy and of the old policy. Computed in float32
+            (float64 stays float64). No gradient reaches old_logits.
+        targets: (N,) or (B, H, W) int64. Samples with `ignore_index` touch neither loss nor statistics. The default
+            is the void label of masks: for classification into more than 255 classes pass another, such as -100.
+        clip_eps: eps of Eq. (1); the paper's is 0.2.
+        uniformity, accuracy_weight, uniformity_weight: Eq. (6), r = w_acc r_acc + w_uni r_uni; the paper's are eq4, 1, 1.
+        background_penalty: fraction of c taken from the reward of class 0; the paper's is 0.5 for segmentation.
+        weighting: "uniform" is Eq. (1) as written, g_i = 1/c. "policy" is its expectation over outputs sampled from
+            the old policy: g_i = q_i, and A from the q-weighted mean and std.
+        ratio_floor: F in rho_i = p_i / (q_i + F/c); 0 is the paper's. A class that the old policy gives less than
+            F/c is clipped and no longer pushed down, and rho never exceeds c/F.
+        fused: accepted for the sake of callers; there is one form so far.
+
+    Returns:
+        The scalar loss and detached scalars, means over the samples: "loss", "accuracy", "clip_fraction" (share of
+        outputs whose clipped branch is active), "mean_ratio", "max_ratio" (the largest), "kl" (exact KL(q || p)) and
+        "entropy" (of p), both in nats.
+
+    Raises ValueError for shapes that do not belong together, fewer than two outputs, or an unknown option.
+    """
+    if logits.dim() == 4:
+        logits, old_logits = (maps.movedim(1, -1).flatten(0, 2) for maps in (logits, old_logits))  # (N, G)
+        targets = targets.flatten()
+    if logits.shape != old_logits.shape or logits.dim() != 2 or targets.shape != logits.shape[:1] or logits.shape[1] < 2:
+        shapes = [tuple(tensor.shape) for tensor in (logits, old_logits, targets)]
+        raise ValueError("logits, old_logits, targets must be (N, G), (N, G), (N,) with G >= 2; got {}, {}, {}".format(*shapes))
+    if weighting not in ("uniform", "policy"):
+        raise ValueError(f"weighting {weighting!r}: choose uniform or policy")
+    N, G = logits.shape
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+    valid = targets != ignore_index  # (N,)
+    sample_weight = valid.to(dtype) / valid.sum().clamp(min=1)  # (N,)
+    targets = torch.where(valid, targets, 0)
+    logits, old_logits = (torch.where(valid[:, None], x, 0).to(dtype) for x in (logits, old_logits.detach()))
+
+    log_p, log_q = log_probs(logits), log_probs(old_logits)  # (N, G)
+    q = log_q.exp()
+
+    rewards = accuracy_weight * accuracy_reward(targets, G) + uniformity_weight * uniformity_reward(q, targets, uniformity)
+    rewards[:, 0] -= background_penalty * G
+    advantages = group_advantages(rewards, q if weighting == "policy" else None)  # (N, G)
+
+    # A difference of logarithms, never a quotient of probabilities; the clamp only keeps exp finite.
+    log_reference = torch.logaddexp(log_q, log_q.new_tensor(ratio_floor / G).log()) if ratio_floor else log_q
+    ratio = (log_p - log_reference).clamp(max=80).exp()  # (N, G)
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
+    group_weight = q if weighting == "policy" else 1 / G
+    objective = (group_weight * torch.minimum(unclipped, clipped)).sum(1)  # (N,)
+    loss = -(sample_weight * objective).sum()
+
+    with torch.no_grad():
+        p = log_p.exp()
+        per_sample = {  # (N,) each
+            "accuracy": (logits.argmax(1) == targets).to(dtype),
+            "clip_fraction": (clipped < unclipped).to(dtype).mean(1),
+            "mean_ratio": ratio.mean(1),
+            "kl": (q * (log_q - log_p)).sum(1),
+            "entropy": -(p * log_p).sum(1),
+        }
+        stats = {name: (sample_weight * values).sum() for name, values in per_sample.items()}
+        stats["max_ratio"] = torch.where(valid[:, None], ratio, 0).amax() if N else loss.detach()
+    return loss, {"loss": loss.detach()} | stats
+
+
+def cross_entropy_loss(
+    logits: torch.Tensor, targets: torch.Tensor, *, ignore_index: int = 255
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The baseline, standard fine-tuning: mean cross-entropy over the samples that are not ignored, in float32.
+    Shapes, return value and the names of the statistics as in `grpo_rm_loss`."""
+    valid = targets != ignore_index
+    count = valid.sum().clamp(min=1)
+    loss = F.cross_entropy(logits.float(), targets, ignore_index=ignore_index, reduction="sum") / count
+    correct = (logits.detach().argmax(1) == targets) & valid
+    return loss, {"loss": loss.detach(), "accuracy": correct.sum() / count}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Policy
+
+HUB_REPO = "facebookresearch/dinov2:b8931f7bf91576930313be2c6d6af376033b35f0"  # pinned: without a ref, each call asks the network
+DINOV2 = [f"dinov2_vit{size}14{registers}" for size in "sblg" for registers in ("", "_reg")]
+
+
+class VitTiny(nn.Module):
+    """torchvision's VisionTransformer, small enough for a CPU (0.5 M parameters), with DINOv2's interface: patch size
+    14, D = 96, 4 blocks, position embedding of a 70-pixel image, interpolated for other sizes."""
+
+    patch_size, embed_dim = 14, 96
+
+    def __init__(self):
+        super().__init__()
+        norm = functools.partial(nn.LayerNorm, eps=1e-6)
+        self.vit = VisionTransformer(70, self.patch_size, 4, 3, self.embed_dim, 4 * self.embed_dim, norm_layer=norm)
+        self.vit.heads = nn.Identity()
+
+    def _position_embedding(self, h: int, w: int) -> torch.Tensor:
+        embedding = self.vit.encoder.pos_embedding  # (1, 1 + side * side, D)
+        side = math.isqrt(embedding.shape[1] - 1)
+        if (h, w) == (side, side):
+            return embedding
+        grid = embedding[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
+        grid = F.interpolate(grid.float(), size=(h, w), mode="bicubic")  # (1, D, h, w)
+        return torch.cat([embedding[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+
+    def get_intermediate_layers(self, images, n=1, reshape=False, return_class_token=False, norm=True) -> tuple:
+        """The outputs of the last n blocks: patch tokens (B, h*w, D), or (B, D, h, w) with `reshape`, each with the
+        class token (B, D) beside it when asked for. images: (B, 3, H, W), sides multiples of the patch size."""
+        patches = self.vit.conv_proj(images)  # (B, D, h, w)
+        h, w = patches.shape[-2:]
+        class_token = self.vit.class_token.expand(len(images), -1, -1)
+        tokens = torch.cat([class_token, patches.flatten(2).transpose(1, 2)], dim=1)  # (B, 1 + h*w, D)
+        tokens = tokens + self._position_embedding(h, w)
+        outputs = []
+        for block in self.vit.encoder.layers:
+            tokens = block(tokens)
+            outputs.append(tokens)
+        outputs = [self.vit.encoder.ln(tokens) if norm else tokens for tokens in outputs[-n:]]
+        patch_tokens = [tokens[:, 1:] for tokens in outputs]
+        if reshape:
+            patch_tokens = [tokens.transpose(1, 2).unflatten(2, (h, w)) for tokens in patch_tokens]
+        if return_class_token:
+            return tuple(zip(patch_tokens, [tokens[:, 0] for tokens in outputs], strict=True))
+        return tuple(patch_tokens)
+
+    def forward_features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """images (B, 3, H, W) -> normalised class token (B, D) and patch tokens (B, h*w, D)."""
+        ((patch_tokens, class_token),) = self.get_intermediate_layers(images, return_class_token=True)
+        return {"x_norm_clstoken": class_token, "x_norm_patchtokens": patch_tokens}
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.forward_features(images)["x_norm_clstoken"]
+
+
+def load_backbone(name: str, *, hub_repo: str | None = None, weights: str | None = None) -> nn.Module:
+    """The representation model f_pre of Algorithm 1.
+
+    Args:
+        name: a DINOv2 model, "vit_tiny" (built in), or with `hub_repo` any of its models whose `forward_features`
+            gives DINOv2's keys, such as DINOv3's.
+        hub_repo: "owner/repo[:ref]", or a local directory with the hub code. Default: DINOv2 at a pinned commit.
+        weights: file with a state dict; all names and shapes must match. Without it a GitHub repository's own
+            pre-trained weights are downloaded; a local directory holds code only and gives random weights.
+
+    Returns a module with `forward_features`, `embed_dim` (D) and `patch_size`; in training mode, all parameters but
+    the unused `mask_token` trainable. Raises InputError, in one line, for anything that cannot be loaded.
+    """
+    if name == "vit_tiny":
+        backbone = VitTiny()
+    elif name in DINOV2 or hub_repo:
+        backbone = _load_from_hub(name, hub_repo or HUB_REPO, pretrained=weights is None)
+    else:
+        known = ", ".join(["vit_tiny", *DINOV2])
+        raise InputError(f"--backbone {name}: unknown; choose one of {known}, or name its --hub-repo")
+    if weights:
+        load_strictly(backbone, weights)
+    for parameter_name, parameter in backbone.named_parameters():
+        # Never part of our forward pass: DDP would stop at a parameter that gets no gradient.
+        parameter.requires_grad_(not parameter_name.endswith("mask_token"))
+    return backbone.train()
+
+
+def _load_from_hub(name: str, hub_repo: str, *, pretrained: bool) -> nn.Module:
+    os.environ.setdefault("XFORMERS_DISABLED", "1")  # torch's own attention: as fast, and xFormers crashes on the CPU
+    os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # downloaded weights are unpickled as plain tensors too
+    local = os.path.isdir(hub_repo)
+    if not local and not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w./-]+)?", hub_repo):
+        raise InputError(f"--hub-repo {hub_repo}: neither a directory here nor of the form owner/repo[:ref]")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="xFormers")
+            backbone = torch.hub.load(
+                hub_repo,
+                name,
+                source="local" if local else "github",
+                trust_repo=True,
+                skip_validation=True,  # the check asks GitHub's API, and does not know a commit as a ref
+                verbose=False,
+                pretrained=pretrained and not local,
+            )
+    except (OSError, RuntimeError, ImportError, ValueError) as error:
+        raise InputError(
+            f"--backbone {name} from {hub_repo} cannot be loaded ({first_line(error)}); without a network give "
+            f"--hub-repo DIR (a copy of the repository) and --weights FILE"
+        ) from error
+    return backbone
+
+
+class ClassificationHead(nn.Module):
+    """Linear(D, hidden) - ReLU - Linear(hidden, G) on the normalised class token; the paper's hidden width is 256.
+    Always in float32: the ratio p/q needs more digits than bf16 has."""
+
+    def __init__(self, embed_dim: int, num_outputs: int, hidden_dim: int = 256):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(embed_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, num_outputs))
+
+    def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
+        """DINOv2's dict of features -> logits (B, G) float32."""
+        class_token = features["x_norm_clstoken"]  # (B, D)
+        with torch.autocast(class_token.device.type, enabled=False):
+            return self.layers(class_token.float())
+
+
+class Policy(nn.Module):
+    """pi_theta: a backbone and a head, trained together (Algorithm 1, line 1)."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """images (B, 3, H, W) -> logits (B, G) float32."""
+        return self.head(self.backbone.forward_features(images))
+
+
+def check_image_size(backbone: nn.Module, image_size: int) -> None:
+    """InputError unless `image_size` is a multiple of the backbone's patch size."""
+    if image_size % backbone.patch_size:
+        lower = max(1, image_size // backbone.patch_size) * backbone.patch_size
+        raise InputError(
+            f"--image-size {image_size} is not a multiple of the patch size {backbone.patch_size}; "
+            f"take {lower} or {lower + backbone.patch_size}"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Processes and precision
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that torchrun started; rank 0 of size 1, and no process group, without torchrun."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+
+def init_world(device: str = "auto") -> World:
+    """Join torchrun's process group (nccl on GPUs, gloo on the CPU). device: "auto", "cpu" or "cuda"."""
+    rank, local_rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # fmt: skip
+    cuda = torch.cuda.is_available() and device != "cpu"
+    if device == "cuda" and not cuda:
+        raise InputError("--device cuda: no CUDA device here; use --device cpu")
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise InputError(f"{torch.cuda.device_count()} GPUs for more processes; lower --nproc_per_node or add --device cpu")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if size > 1:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+    return World(rank, local_rank, size, device)
+
+
+@contextlib.contextmanager
+def one_rank_first(world: World) -> Iterator[None]:
+    """Rank 0, then one rank of every other node, then all others: a download happens once, with or without a file
+    system shared between the nodes."""
+    turn = 0 if world.rank == 0 else 1 if world.local_rank == 0 else 2
+    for _ in range(turn if world.size > 1 else 0):
+        dist.barrier()
+    yield
+    for _ in range(2 - turn if world.size > 1 else 0):
+        dist.barrier()
+
+
+def resolve_amp(amp: str, device: torch.device) -> str:
+    """"auto" becomes bf16 on GPUs that have it and off elsewhere."""
+    if amp != "auto":
+        return amp
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
+
+
+def autocast(amp: str, device: torch.device) -> torch.autocast:
+    """The context both policies' forward passes run in; amp: "bf16", "fp16" or "off"."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Training: Algorithm 1
+
+
+def learning_rate(step: int, total_steps: int, warmup_steps: int, lr: float, lr_end: float) -> float:
+    """A cosine from `lr` down to `lr_end` at the last step (paper silent on the curve), after a linear warm-up."""
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+    return lr_end + (lr - lr_end) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+@torch.no_grad()
+def copy_policy(old_policy: nn.Module, policy: nn.Module) -> None:
+    """pi_theta_old <- pi_theta, in place."""
+    for old, new in zip(old_policy.state_dict().values(), policy.state_dict().values(), strict=True):
+        old.copy_(new)
+
+
+def training_step(model, old_policy, optimizer, scaler, images, targets, args, world) -> dict[str, torch.Tensor]:
+    """One batch: lines 5 to 9 of Algorithm 1, or a cross-entropy step where there is no old policy.
+
+    `model` is the policy, inside DDP when there are several processes; images (B, 3, H, W) and targets (B, ...) are
+    this rank's part of the global batch, cut into args.grad_accum pieces. Every piece weighs as its share of the
+    global batch's valid samples, so the gradient does not depend on how the batch was cut. Returns sums over this
+    rank's samples (float64 scalars), their number as "samples", and the largest "max_ratio".
+    """
+    total = (targets != IGNORE).sum()
+    sums = {"images": total.new_tensor(len(images), dtype=torch.float64)}
+    if world.size > 1:
+        dist.all_reduce(total)
+    meter = Meter()
+    pieces = zip(images.tensor_split(args.grad_accum), targets.tensor_split(args.grad_accum), strict=True)
+    pieces = [piece for piece in pieces if len(piece[0])]
+    for number_of_piece, (images, targets) in enumerate(pieces, 1):
+        wait = world.size > 1 and number_of_piece < len(pieces)  # the ranks' gradients are summed with the last piece
+        with model.no_sync() if wait else contextlib.nullcontext():
+            with autocast(args.amp, world.device):
+                logits = model(images)  # pi(y|x), (B, G)
+            if old_policy is None:
+                loss, stats = cross_entropy_loss(logits, targets, ignore_index=IGNORE)
+            else:
+                with torch.no_grad(), autocast(args.amp, world.device):
+                    old_logits = old_policy(images)  # line 5: pi_old(y|x), (B, G)
+                loss, stats = grpo_rm_loss(  # lines 6 to 8
+                    logits,
+                    old_logits,
+                    targets,
+                    clip_eps=args.clip_eps,
+                    uniformity=args.uniformity,
+                    accuracy_weight=args.accuracy_weight,
+                    uniformity_weight=args.uniformity_weight,
+                    weighting=args.group_weighting,
+                    ratio_floor=args.ratio_floor,
+                    ignore_index=IGNORE,
+                )
+            samples = (targets != IGNORE).sum()
+            share = samples / total * world.size  # times their number, for DDP averages over the ranks
+            scaler.scale(loss * share).backward()
+        meter.add({k: v.double() if k == "max_ratio" else samples * v.double() for k, v in stats.items()})
+        meter.add({"samples": samples.double()})
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+    scaler.step(optimizer)  # line 9
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return sums | meter.sums | {"grad_norm": norm.double() * meter.sums["samples"]}
+
+
+def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args: argparse.Namespace, world: World) -> None:
+    """Algorithm 1, and with args.method "finetune" the baseline: the same network, batches and schedule without an old
+    policy.
+
+    `loader.epoch(e, start)` yields this rank's (images, targets) and len(loader) is the number of steps in an epoch;
+    `validate()` gives numbers for the epoch's log line. Leaves config.json, log.jsonl, checkpoint.pt, backbone.pth and
+    head.pth in args.output_dir; with args.resume it goes on from the checkpoint there. Raises InputError and Diverged.
+    """
+    old_policy = None
+    if args.method == "grpo_rm":
+        old_policy = copy.deepcopy(policy).requires_grad_(False)  # allocated once, outside DDP, never given gradients
+    gpus = [world.device] if world.device.type == "cuda" else None
+    model = DistributedDataParallel(policy, device_ids=gpus) if world.size > 1 else policy
+    backbone = [parameter for parameter in policy.backbone.parameters() if parameter.requires_grad]
+    groups = [{"params": backbone, "factor": 1.0}, {"params": list(policy.head.parameters()), "factor": args.head_lr_factor}]
+    optimizer = torch.optim.Adam(groups, lr=args.lr, weight_decay=0.0)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")
+
+    steps_per_epoch = len(loader)
+    total_steps = args.epochs * steps_per_epoch
+    last_step = min(total_steps, args.max_steps or total_steps)
+    refresh_every = args.old_policy_every or steps_per_epoch
+    warmup_steps = round(args.warmup_epochs * steps_per_epoch)
+    run = Run(args, world, steps_per_epoch, policy=policy, old_policy=old_policy, optimizer=optimizer, scaler=scaler)
+    step = run.start()
+
+    for epoch in range(step // steps_per_epoch, math.ceil(last_step / steps_per_epoch)):  # line 2
+        batches = loader.epoch(epoch, start=step % steps_per_epoch)
+        for images, targets in itertools.islice(batches, last_step - step):  # line 4
+            if old_policy is not None and step % refresh_every == 0:
+                copy_policy(old_policy, policy)  # line 3: pi_old <- pi
+            lr = learning_rate(step, total_steps, warmup_steps, args.lr, args.lr_end)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["factor"]
+            stats = training_step(model, old_policy, optimizer, scaler, images, targets, args, world)  # lines 5 to 9
+            step += 1
+            run.record(step, lr, stats)
+        if step % steps_per_epoch == 0:
+            last = epoch + 1 == args.epochs
+            run.end_epoch(step, lr, validate() if last or (epoch + 1) % args.eval_every == 0 else {})
+        run.save(step, lr)
+    run.export("backbone.pth", policy.backbone)
+    run.export("head.pth", policy.head)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Frozen features, for the evaluations
+
+
+@torch.no_grad()
+def extract_features(backbone: nn.Module, loader: EvalLoader, amp: str, world: World) -> tuple[torch.Tensor, torch.Tensor]:
+    """The class tokens (n, D) float32 of all n samples of the loader's split, and their targets (n,), on every rank's
+    device. A token is computed on one rank and the others add zero to it: no digit depends on the number of ranks."""
+    backbone.eval()
+    features = torch.zeros(loader.num_samples, backbone.embed_dim, device=world.device)
+    targets = torch.zeros(loader.num_samples, dtype=torch.int64, device=world.device)
+    for indices, images, labels in tqdm(loader, "features", disable=None if world.rank == 0 else True, leave=False):
+        with autocast(amp, world.device):
+            tokens = backbone.forward_features(images)["x_norm_clstoken"]  # (B, D)
+        features[indices], targets[indices] = tokens.float(), labels
+    if world.size > 1:
+        dist.all_reduce(features)
+        dist.all_reduce(targets)
+    return features, targets
+
+
+def frozen_features(args: argparse.Namespace, world: World) -> tuple[tuple, tuple, list[str]]:
+    """What an evaluation starts from: (features, targets) of the training split, the same of the validation split, and
+    the names of the classes. Fills in the arguments that were left out, from the config.json beside the weights where
+    there is one: method, seed, backbone, and the image size if the dataset is the same. Raises InputError."""
+    config = config_beside(args.weights)
+    args.method = config.get("method", "frozen")
+    args.seed = config.get("seed", 0) if args.seed is None else args.seed
+    args.backbone, args.hub_repo = args.backbone or config.get("backbone"), args.hub_repo or config.get("hub_repo")
+    if not args.image_size and config.get("dataset") == args.dataset:
+        args.image_size = config["image_size"]
+    resolve_model_arguments(args, world)
+    train_split, val_split, backbone = load_data_and_backbone(args, world)
+    features = []
+    for split in (train_split, val_split):
+        loader = EvalLoader(split, args.dataset, args.image_size, args.batch_size, world, args.workers)
+        features.append(extract_features(backbone.to(world.device), loader, args.amp, world))
+    return features[0], features[1], train_split.classes
+
+
+def evaluation_result(args: argparse.Namespace, train: tuple, val: tuple) -> dict:
+    """What every result file says beside its scores: which weights, which data, and all settings."""
+    settings = {k: v for k, v in vars(args).items() if k not in ("output", "download", "device", "workers", "data_root")}
+    return settings | {"train_images": len(train[1]), "val_images": len(val[1])}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Arguments that the stages share
+
+
+def add_model_arguments(parser: ArgumentParser) -> None:
+    """Backbone, device and precision: for every stage that runs a network."""
+    group = parser.add_argument_group("model and machine")
+    group.add_argument("--backbone", help="dinov2_vit{s,b,l,g}14[_reg], vit_tiny, or any model of --hub-repo; default: dinov2_vits14 (the paper's), vit_tiny for shapes")  # fmt: skip
+    group.add_argument("--hub-repo", help="owner/repo[:ref], or a local directory with the hub code (then weights come from --weights, else they are random); default: DINOv2 at a pinned commit")  # fmt: skip
+    group.add_argument("--weights", help="state dict of the backbone to start from; every name and shape must match")
+    group.add_argument("--seed", type=number(0, kind=int), default=0, help="seed of weights, batches and augmentation; the paper has 5 runs")  # fmt: skip
+    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    group.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision; auto is bf16 on GPUs that have it, else off")  # fmt: skip
+    group.add_argument("--workers", type=number(0, kind=int), default=min(8, os.cpu_count() or 1), help="decoding threads or processes of each rank")  # fmt: skip
+
+
+def add_training_arguments(parser: ArgumentParser, *, lr: float, lr_end: float, batch_size: int) -> None:
+    """Objective, optimisation and files of a run: for both train stages. lr and lr_end are those of a batch of 256."""
+    group = parser.add_argument_group("objective")
+    group.add_argument("--method", choices=["grpo_rm", "finetune"], default="grpo_rm", help="finetune is cross-entropy on the same network, batches and schedule")  # fmt: skip
+    group.add_argument("--clip-eps", type=number(0, 1, open_low=True), default=0.2, help="eps of Eq. (1); the paper's is 0.2")
+    group.add_argument("--uniformity", choices=["eq4", "eq5", "none"], default="eq4", help="uniformity reward; the paper's is eq4")  # fmt: skip
+    group.add_argument("--accuracy-weight", type=number(0), default=1.0, help="w_acc of Eq. (6); the paper's is 1")
+    group.add_argument("--uniformity-weight", type=number(0), default=1.0, help="w_uni of Eq. (6); the paper's is 1")
+    group.add_argument("--group-weighting", choices=["uniform", "policy"], default="uniform", help="weight of each output in Eq. (1): uniform (1/c, the paper's) or the old policy's probability")  # fmt: skip
+    group.add_argument("--ratio-floor", type=number(0), default=0.1, help="F in rho = p / (q + F/c); 0 is Eq. (1) to the letter, which can blow up at high learning rates")  # fmt: skip
+    group.add_argument("--old-policy-every", type=number(1, kind=int), metavar="STEPS", help="refresh the old policy every so many steps; default: an epoch (the paper's). Few steps lift the clip's protection: 1 destroys a pre-trained backbone")  # fmt: skip
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=number(1, kind=int), default=100, help="the paper's is 100; below log(c)/log(1.2) epochs GRPO-RM has not converged")  # fmt: skip
+    group.add_argument("--batch-size", type=number(1, kind=int), default=batch_size, help=f"global batch m, over all processes; the paper's is {batch_size}")  # fmt: skip
+    group.add_argument("--grad-accum", type=number(1, kind=int), default=1, help="cut each process's batch into so many pieces, to save memory; the result is the same")  # fmt: skip
+    group.add_argument("--lr", type=number(0, open_low=True), help=f"first learning rate; default: the paper's {lr:g} * m/256")
+    group.add_argument("--lr-end", type=number(0), help=f"last learning rate; default: the paper's {lr_end:g} * m/256")
+    group.add_argument("--head-lr-factor", type=number(0, open_low=True), default=1.0, help="multiplies the head's learning rate")  # fmt: skip
+    group.add_argument("--warmup-epochs", type=number(0), default=0.0, help="linear warm-up; the paper has none")
+    group.add_argument("--max-grad-norm", type=number(0, open_low=True), help="clip the gradient's norm; default: off, as in the paper")  # fmt: skip
+    group.add_argument("--hidden-dim", type=number(1, kind=int), default=256, help="width of the head; the paper's is 256")
+    group.set_defaults(lr_rule=(lr, lr_end))
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--output-dir", help="default: runs/<dataset>/<method>/seed<seed>")
+    group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --output-dir, or start where there is none")  # fmt: skip
+    group.add_argument("--checkpoint-minutes", type=number(0), default=10.0, help="checkpoint that often within an epoch, besides at its end")  # fmt: skip
+    group.add_argument("--eval-every", type=number(1, kind=int), default=5, metavar="EPOCHS", help="validate that often, and after the last epoch")  # fmt: skip
+    group.add_argument("--log-every", type=number(1, kind=int), default=10, metavar="STEPS", help="steps per line of log.jsonl")
+    group.add_argument("--max-steps", type=number(1, kind=int), help="stop after so many steps; the schedule stays that of --epochs")  # fmt: skip
+
+
+def add_evaluation_arguments(parser: ArgumentParser) -> None:
+    """For both evaluations of frozen features."""
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--batch-size", type=number(1, kind=int), default=1024, help="images in a forward pass; for the linear layer also its batch m")  # fmt: skip
+    group.add_argument("--output", metavar="FILE.json", help="default: beside the weights")
+    parser.set_defaults(seed=None)  # the seed of the run that is judged
+
+
+def resolve_training_arguments(args: argparse.Namespace, world: World) -> None:
+    """Fill in the defaults that depend on other arguments, and refuse combinations that cannot work (InputError)."""
+    pieces = world.size * args.grad_accum
+    if args.batch_size % pieces:
+        raise InputError(f"--batch-size {args.batch_size} cannot be divided by {world.size} processes x --grad-accum {args.grad_accum}; take a multiple of {pieces}")  # fmt: skip
+    lr, lr_end = (rate * args.batch_size / 256 for rate in args.__dict__.pop("lr_rule"))
+    args.lr = lr if args.lr is None else args.lr
+    args.lr_end = min(lr_end, args.lr) if args.lr_end is None else args.lr_end
+    if args.lr_end > args.lr:
+        raise InputError(f"--lr-end {args.lr_end:g} is above --lr {args.lr:g}; the rate falls from the one to the other")
+    if args.method == "grpo_rm" and args.accuracy_weight == 0 and (args.uniformity == "none" or args.uniformity_weight == 0):
+        raise InputError("--accuracy-weight 0 with no uniformity reward leaves nothing to learn; give one of them a weight")
+    resolve_model_arguments(args, world)
+    args.output_dir = args.output_dir or f"runs/{args.dataset}/{args.method}/seed{args.seed}"
+
+
+def resolve_model_arguments(args: argparse.Namespace, world: World) -> None:
+    """Fill in the defaults that belong to the dataset and the device."""
+    args.backbone = args.backbone or ("vit_tiny" if args.dataset.startswith("shapes") else "dinov2_vits14")
+    args.image_size = args.image_size or PROTOCOLS[args.dataset].image_size
+    args.amp = resolve_amp(args.amp, world.device)
+
+
+def load_data_and_backbone(args: argparse.Namespace, world: World) -> tuple[Split, Split, nn.Module]:
+    """The training and validation split, cut to the limits, and the backbone, checked against the image size. The
+    weights of a randomly initialised backbone are those of args.seed, in post-training as in evaluation."""
+    with one_rank_first(world):
+        train_split, val_split = load_splits(args.dataset, args.data_root, download=args.download)
+    torch.manual_seed(args.seed)
+    with one_rank_first(world):
+        backbone = load_backbone(args.backbone, hub_repo=args.hub_repo, weights=args.weights)
+    check_image_size(backbone, args.image_size)
+    return limit(train_split, args.limit_train), limit(val_split, args.limit_val), backbone
