@@ -22,7 +22,7 @@ from data import Diverged, InputError, first_line
 FREE_ARGUMENTS = {
     "data_root", "download", "device", "workers", "output_dir", "resume", "checkpoint_minutes",
     "eval_every", "log_every", "max_steps", "hub_repo", "weights", "grad_accum",
-}  # fmt: skip
+}
 
 UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError)  # what torch.load raises
 
@@ -185,7 +185,7 @@ class Run:
         """Restore the parts from the checkpoint, where args.resume asks for it and there is one; write config.json;
         drop the log's lines from after that checkpoint. Returns the step to go on from. Raises InputError."""
         if not self.args.resume and (self.newest.exists() or self.previous.exists()):
-            raise InputError(f"--output-dir {self.directory} already holds a run; add --resume to go on with it, or choose another")  # fmt: skip
+            raise InputError(f"--output-dir {self.directory} already holds a run; add --resume to go on with it, or choose another")
         step = 0
         if self.args.resume and (state := self._newest_state()):
             for name, part in self.parts.items():
@@ -216,7 +216,7 @@ class Run:
                 before = state["args"].get(name)
                 if name not in FREE_ARGUMENTS and value != before:
                     flag = "--" + name.replace("_", "-")
-                    raise InputError(f"--resume: {flag} is {value}, but {before} in {self.directory}; give the same or another --output-dir")  # fmt: skip
+                    raise InputError(f"--resume: {flag} is {value}, but {before} in {self.directory}; give the same or another --output-dir")
             return state
         if broken:
             raise InputError(f"--resume: {broken} does not load and there is no other; remove it to start from the beginning")

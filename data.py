@@ -84,7 +84,7 @@ def stage(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | Non
         try:
             main(argv)
         except (InputError, Diverged) as error:
-            rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+            rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
             print(f"{Path(sys.argv[0]).name}: error:{rank} {error}", file=sys.stderr)
             raise SystemExit(2 if isinstance(error, InputError) else 1) from None
         if torch.distributed.is_initialized():
@@ -322,11 +322,7 @@ SHAPES = {  # outline on [-1, 1]^2, and the outline of what is cut out of it
     "square": ([(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)], None),
     "bar": ([(-1, -0.3), (1, -0.3), (1, 0.3), (-1, 0.3)], None),
     "star": (_turn([1.1, 0.45] * 5), None),
-    "plus": (
-        [(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3)]
-        + [(0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)],
-        None,
-    ),
+    "plus": (_turn([1.05, 0.42, 1.05] * 4, start=-75), None),
     "arrow": ([(-1, -0.25), (0, -0.25), (0, -0.8), (1, 0), (0, 0.8), (0, 0.25), (-1, 0.25)], None),
 }
 

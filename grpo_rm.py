@@ -147,17 +147,16 @@ def grpo_rm_loss(
     # A difference of logarithms, never a quotient of probabilities; the clamp only keeps exp finite.
     log_reference = torch.logaddexp(log_q, log_q.new_tensor(ratio_floor / G).log()) if ratio_floor else log_q
     ratio = (log_p - log_reference).clamp(max=80).exp()  # (N, G)
-    unclipped = ratio * advantages
-    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
-    group_weight = q if weighting == "policy" else 1 / G
-    objective = (group_weight * torch.minimum(unclipped, clipped)).sum(1)  # (N,)
+    weighted = (q if weighting == "policy" else 1 / G) * advantages  # g_i A_i first: rho A alone could overflow
+    objective = torch.minimum(ratio * weighted, ratio.clamp(1 - clip_eps, 1 + clip_eps) * weighted).sum(1)  # (N,)
     loss = -(sample_weight * objective).sum()
 
     with torch.no_grad():
         p = log_p.exp()
+        clipped = torch.where(advantages > 0, ratio > 1 + clip_eps, (advantages < 0) & (ratio < 1 - clip_eps))  # (N, G)
         per_sample = {  # (N,) each
             "accuracy": (logits.argmax(1) == targets).to(dtype),
-            "clip_fraction": (clipped < unclipped).to(dtype).mean(1),
+            "clip_fraction": clipped.to(dtype).mean(1),
             "mean_ratio": ratio.mean(1),
             "kl": (q * (log_q - log_p)).sum(1),
             "entropy": -(p * log_p).sum(1),
@@ -343,7 +342,8 @@ class World:
 
 def init_world(device: str = "auto") -> World:
     """Join torchrun's process group (nccl on GPUs, gloo on the CPU). device: "auto", "cpu" or "cuda"."""
-    rank, local_rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # fmt: skip
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available() and device != "cpu"
     if device == "cuda" and not cuda:
         raise InputError("--device cuda: no CUDA device here; use --device cpu")
@@ -370,7 +370,7 @@ def one_rank_first(world: World) -> Iterator[None]:
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:
-    """"auto" becomes bf16 on GPUs that have it and off elsewhere."""
+    """The default "auto" becomes bf16 on GPUs that have it and off elsewhere."""
     if amp != "auto":
         return amp
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
@@ -549,52 +549,52 @@ def evaluation_result(args: argparse.Namespace, train: tuple, val: tuple) -> dic
 def add_model_arguments(parser: ArgumentParser) -> None:
     """Backbone, device and precision: for every stage that runs a network."""
     group = parser.add_argument_group("model and machine")
-    group.add_argument("--backbone", help="dinov2_vit{s,b,l,g}14[_reg], vit_tiny, or any model of --hub-repo; default: dinov2_vits14 (the paper's), vit_tiny for shapes")  # fmt: skip
-    group.add_argument("--hub-repo", help="owner/repo[:ref], or a local directory with the hub code (then weights come from --weights, else they are random); default: DINOv2 at a pinned commit")  # fmt: skip
+    group.add_argument("--backbone", help="dinov2_vit{s,b,l,g}14[_reg], vit_tiny, or any model of --hub-repo; default: dinov2_vits14 (the paper's), vit_tiny for shapes")
+    group.add_argument("--hub-repo", help="owner/repo[:ref], or a local directory with the hub code (then weights come from --weights, else they are random); default: DINOv2 at a pinned commit")
     group.add_argument("--weights", help="state dict of the backbone to start from; every name and shape must match")
-    group.add_argument("--seed", type=number(0, kind=int), default=0, help="seed of weights, batches and augmentation; the paper has 5 runs")  # fmt: skip
+    group.add_argument("--seed", type=number(0, kind=int), default=0, help="seed of weights, batches and augmentation; the paper has 5 runs")
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    group.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision; auto is bf16 on GPUs that have it, else off")  # fmt: skip
-    group.add_argument("--workers", type=number(0, kind=int), default=min(8, os.cpu_count() or 1), help="decoding threads or processes of each rank")  # fmt: skip
+    group.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision; auto is bf16 on GPUs that have it, else off")
+    group.add_argument("--workers", type=number(0, kind=int), default=min(8, os.cpu_count() or 1), help="decoding threads or processes of each rank")
 
 
 def add_training_arguments(parser: ArgumentParser, *, lr: float, lr_end: float, batch_size: int) -> None:
     """Objective, optimisation and files of a run: for both train stages. lr and lr_end are those of a batch of 256."""
     group = parser.add_argument_group("objective")
-    group.add_argument("--method", choices=["grpo_rm", "finetune"], default="grpo_rm", help="finetune is cross-entropy on the same network, batches and schedule")  # fmt: skip
+    group.add_argument("--method", choices=["grpo_rm", "finetune"], default="grpo_rm", help="finetune is cross-entropy on the same network, batches and schedule")
     group.add_argument("--clip-eps", type=number(0, 1, open_low=True), default=0.2, help="eps of Eq. (1); the paper's is 0.2")
-    group.add_argument("--uniformity", choices=["eq4", "eq5", "none"], default="eq4", help="uniformity reward; the paper's is eq4")  # fmt: skip
+    group.add_argument("--uniformity", choices=["eq4", "eq5", "none"], default="eq4", help="uniformity reward; the paper's is eq4")
     group.add_argument("--accuracy-weight", type=number(0), default=1.0, help="w_acc of Eq. (6); the paper's is 1")
     group.add_argument("--uniformity-weight", type=number(0), default=1.0, help="w_uni of Eq. (6); the paper's is 1")
-    group.add_argument("--group-weighting", choices=["uniform", "policy"], default="uniform", help="weight of each output in Eq. (1): uniform (1/c, the paper's) or the old policy's probability")  # fmt: skip
-    group.add_argument("--ratio-floor", type=number(0), default=0.1, help="F in rho = p / (q + F/c); 0 is Eq. (1) to the letter, which can blow up at high learning rates")  # fmt: skip
-    group.add_argument("--old-policy-every", type=number(1, kind=int), metavar="STEPS", help="refresh the old policy every so many steps; default: an epoch (the paper's). Few steps lift the clip's protection: 1 destroys a pre-trained backbone")  # fmt: skip
+    group.add_argument("--group-weighting", choices=["uniform", "policy"], default="uniform", help="weight of each output in Eq. (1): uniform (1/c, the paper's) or the old policy's probability")
+    group.add_argument("--ratio-floor", type=number(0), default=0.1, help="F in rho = p / (q + F/c); 0 is Eq. (1) to the letter, which can blow up at high learning rates")
+    group.add_argument("--old-policy-every", type=number(1, kind=int), metavar="STEPS", help="refresh the old policy every so many steps; default: an epoch (the paper's). Few steps lift the clip's protection: 1 destroys a pre-trained backbone")
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=number(1, kind=int), default=100, help="the paper's is 100; below log(c)/log(1.2) epochs GRPO-RM has not converged")  # fmt: skip
-    group.add_argument("--batch-size", type=number(1, kind=int), default=batch_size, help=f"global batch m, over all processes; the paper's is {batch_size}")  # fmt: skip
-    group.add_argument("--grad-accum", type=number(1, kind=int), default=1, help="cut each process's batch into so many pieces, to save memory; the result is the same")  # fmt: skip
+    group.add_argument("--epochs", type=number(1, kind=int), default=100, help="the paper's is 100; below log(c)/log(1.2) epochs GRPO-RM has not converged")
+    group.add_argument("--batch-size", type=number(1, kind=int), default=batch_size, help=f"global batch m, over all processes; the paper's is {batch_size}")
+    group.add_argument("--grad-accum", type=number(1, kind=int), default=1, help="cut each process's batch into so many pieces, to save memory; the result is the same")
     group.add_argument("--lr", type=number(0, open_low=True), help=f"first learning rate; default: the paper's {lr:g} * m/256")
     group.add_argument("--lr-end", type=number(0), help=f"last learning rate; default: the paper's {lr_end:g} * m/256")
-    group.add_argument("--head-lr-factor", type=number(0, open_low=True), default=1.0, help="multiplies the head's learning rate")  # fmt: skip
+    group.add_argument("--head-lr-factor", type=number(0, open_low=True), default=1.0, help="multiplies the head's learning rate")
     group.add_argument("--warmup-epochs", type=number(0), default=0.0, help="linear warm-up; the paper has none")
-    group.add_argument("--max-grad-norm", type=number(0, open_low=True), help="clip the gradient's norm; default: off, as in the paper")  # fmt: skip
+    group.add_argument("--max-grad-norm", type=number(0, open_low=True), help="clip the gradient's norm; default: off, as in the paper")
     group.add_argument("--hidden-dim", type=number(1, kind=int), default=256, help="width of the head; the paper's is 256")
     group.set_defaults(lr_rule=(lr, lr_end))
 
     group = parser.add_argument_group("run")
     group.add_argument("--output-dir", help="default: runs/<dataset>/<method>/seed<seed>")
-    group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --output-dir, or start where there is none")  # fmt: skip
-    group.add_argument("--checkpoint-minutes", type=number(0), default=10.0, help="checkpoint that often within an epoch, besides at its end")  # fmt: skip
-    group.add_argument("--eval-every", type=number(1, kind=int), default=5, metavar="EPOCHS", help="validate that often, and after the last epoch")  # fmt: skip
+    group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --output-dir, or start where there is none")
+    group.add_argument("--checkpoint-minutes", type=number(0), default=10.0, help="checkpoint that often within an epoch, besides at its end")
+    group.add_argument("--eval-every", type=number(1, kind=int), default=5, metavar="EPOCHS", help="validate that often, and after the last epoch")
     group.add_argument("--log-every", type=number(1, kind=int), default=10, metavar="STEPS", help="steps per line of log.jsonl")
-    group.add_argument("--max-steps", type=number(1, kind=int), help="stop after so many steps; the schedule stays that of --epochs")  # fmt: skip
+    group.add_argument("--max-steps", type=number(1, kind=int), help="stop after so many steps; the schedule stays that of --epochs")
 
 
 def add_evaluation_arguments(parser: ArgumentParser) -> None:
     """For both evaluations of frozen features."""
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--batch-size", type=number(1, kind=int), default=1024, help="images in a forward pass; for the linear layer also its batch m")  # fmt: skip
+    group.add_argument("--batch-size", type=number(1, kind=int), default=1024, help="images in a forward pass; for the linear layer also its batch m")
     group.add_argument("--output", metavar="FILE.json", help="default: beside the weights")
     parser.set_defaults(seed=None)  # the seed of the run that is judged
 
@@ -603,7 +603,7 @@ def resolve_training_arguments(args: argparse.Namespace, world: World) -> None:
     """Fill in the defaults that depend on other arguments, and refuse combinations that cannot work (InputError)."""
     pieces = world.size * args.grad_accum
     if args.batch_size % pieces:
-        raise InputError(f"--batch-size {args.batch_size} cannot be divided by {world.size} processes x --grad-accum {args.grad_accum}; take a multiple of {pieces}")  # fmt: skip
+        raise InputError(f"--batch-size {args.batch_size} cannot be divided by {world.size} processes x --grad-accum {args.grad_accum}; take a multiple of {pieces}")
     lr, lr_end = (rate * args.batch_size / 256 for rate in args.__dict__.pop("lr_rule"))
     args.lr = lr if args.lr is None else args.lr
     args.lr_end = min(lr_end, args.lr) if args.lr_end is None else args.lr_end

@@ -1,0 +1,152 @@
+"""Table of finished runs, beside the paper's: mean and sample standard deviation over seeds, in percent.
+
+    python report.py runs                       prints Markdown
+    python report.py runs --figures figures     and draws loss, accuracy and ratio of every run against the epoch
+
+Reads eval_linear.json and eval_knn.json (and for the figures log.jsonl) of every directory below RUNS_DIR. Results are
+averaged over seeds only where all their other settings are equal; a row stands for one set of settings.
+"""
+
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from checkpoint import read_log
+from data import ArgumentParser, InputError, first_line, stage
+
+METHODS = {"frozen": "DINOv2", "finetune": "Fine-tuning", "grpo_rm": "GRPO-RM"}  # ours -> the paper's
+PAPER = {  # Table 3: (mean, standard deviation) of softmax regression and of k-NN over 5 runs, DINOv2 ViT-S/14
+    "cifar10": {"frozen": ((47.26,), (43.26,)), "finetune": ((94.55, 0.27), (94.39, 0.29)), "grpo_rm": ((95.78, 0.26), (95.81, 0.30))},
+    "cifar100": {"frozen": ((20.68,), (25.92,)), "finetune": ((68.87, 2.70), (71.32, 1.85)), "grpo_rm": ((74.41, 2.28), (78.48, 0.92))},
+    "stl10": {"frozen": ((15.71,), (37.57,)), "finetune": ((43.44, 6.89), (89.76, 3.50)), "grpo_rm": ((46.42, 5.86), (89.03, 4.43))},
+    "tiny_imagenet": {
+        "frozen": ((29.24,), (21.10,)),
+        "finetune": ((58.67, 0.61), (58.59, 1.25)),
+        "grpo_rm": ((65.96, 0.40), (66.36, 0.32)),
+    },
+    "imagenet": {"frozen": ((74.34,), (72.61,)), "finetune": ((74.48, 0.85), (71.33, 0.45)), "grpo_rm": ((76.21, 0.92), (72.16, 0.73))},
+}
+SCORES = {"SR": "eval_linear.json", "k-NN": "eval_knn.json"}
+# What runs of one row may differ in: the seed, and where their files lie.
+PLACES = {"seed", "weights", "output_dir", "output", "data_root", "download", "workers", "resume", "device", "git_commit", "hub_repo"}
+
+
+def read_json(path: Path) -> dict:
+    """The object stored in `path`; {} where there is no such file. Raises InputError when it is damaged."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({first_line(error)}); remove it and run its stage again") from error
+
+
+def find_runs(root: Path) -> list[dict]:
+    """Every directory below `root` that holds a result, as {"path", "dataset", "method", "seed", "settings", "scores"}."""
+    if not root.is_dir():
+        raise InputError(f"{root}: no such directory; name the one that holds the runs")
+    runs = []
+    for directory in sorted({path.parent for name in SCORES.values() for path in root.rglob(name)}):
+        results = {score: read_json(directory / name) for score, name in SCORES.items()}
+        first = next(result for result in results.values() if result)
+        settings = {f"config.{k}": v for k, v in read_json(directory / "config.json").items() if k not in PLACES}
+        for score, result in results.items():
+            settings |= {f"{score}.{k}": v for k, v in result.items() if k not in PLACES | {"top1"}}
+        run = {"path": directory, "settings": json.dumps(settings, sort_keys=True)}
+        run |= {key: first.get(key) for key in ("dataset", "method", "seed")}
+        runs.append(run | {"scores": {score: result["top1"] for score, result in results.items() if result}})
+    if not runs:
+        raise InputError(f"{root} holds no finished run (eval_linear.json, eval_knn.json); run run_all.sh or the eval scripts first")
+    return runs
+
+
+def group_runs(runs: list[dict]) -> list[list[dict]]:
+    """Runs that may be averaged: same dataset, method and settings, different seeds."""
+    groups = defaultdict(list)
+    for run in runs:
+        copy = 0  # a second run of the same seed and settings is a repetition: it gets a row of its own
+        while any(run["seed"] == other["seed"] for other in groups[(run["dataset"], run["method"], run["settings"], copy)]):
+            copy += 1
+        groups[(run["dataset"], run["method"], run["settings"], copy)].append(run)
+    order = list(METHODS)
+    return sorted(groups.values(), key=lambda g: (g[0]["dataset"], order.index(g[0]["method"]), str(g[0]["path"])))
+
+
+def mean_and_deviation(values: list[float]) -> str:
+    """ "mean ± sample standard deviation", the mean alone for one value, a dash for none."""
+    if not values:
+        return "-"
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def table(runs: list[dict]) -> str:
+    """The Markdown table: one row per dataset, method and settings, with the paper's numbers where it has them."""
+    lines = ["| dataset | method | runs | seeds | SR | paper's SR | k-NN | paper's k-NN |", "|---|---|---|---|---|---|---|---|"]
+    for group in group_runs(runs):
+        dataset, method = group[0]["dataset"], group[0]["method"]
+        places = {str(run["path"].parent if run["path"].name.startswith("seed") else run["path"]) for run in group}
+        seeds = ", ".join(str(seed) for seed in sorted(run["seed"] for run in group))
+        cells = [dataset, f"{METHODS[method] if method != 'frozen' else 'frozen'}", ", ".join(sorted(places)), seeds]
+        paper = PAPER.get(dataset, {}).get(method, (None, None))
+        for score, printed in zip(SCORES, paper, strict=True):
+            cells.append(mean_and_deviation([run["scores"][score] for run in group if score in run["scores"]]))
+            cells.append(" ± ".join(f"{x:.2f}" for x in printed) if printed else "-")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw_curves(root: Path, figures: Path) -> list[Path]:
+    """One picture per dataset: training loss of each method on its own axis (they are different quantities), validation
+    accuracy, and the largest ratio p/q, against the epoch, for every run that has a log. Returns the files written."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = {
+        "cross-entropy": ("loss", "finetune"),
+        "GRPO-RM loss": ("loss", "grpo_rm"),
+        "validation accuracy (%)": ("val_accuracy", None),
+        "largest ratio p/q in the epoch": ("max_ratio", "grpo_rm"),
+    }
+    datasets = defaultdict(list)
+    for path in sorted(root.rglob("log.jsonl")):
+        config = read_json(path.parent / "config.json")
+        if config:
+            datasets[config["dataset"]].append((path, config, [e for e in read_log(path) if e["event"] == "epoch"]))
+    written = []
+    for dataset, logs in datasets.items():
+        figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+        colours = {}
+        for path, config, epochs in logs:
+            label = str(path.parent.parent.relative_to(root)) if path.parent.name.startswith("seed") else str(path.parent.relative_to(root))
+            colour = colours.setdefault(label, f"C{len(colours) % 10}")
+            for axis, (title, (key, method)) in zip(axes.flat, panels.items(), strict=True):
+                axis.set(title=title, xlabel="epoch")
+                points = [(e["epoch"] + 1, e[key]) for e in epochs if e.get(key) is not None]
+                if points and method in (None, config["method"]):
+                    axis.plot(*zip(*points, strict=True), color=colour, alpha=0.8, linestyle="-" if config["method"] == "grpo_rm" else "--")
+        axes[1, 1].set_yscale("log")
+        handles = [plt.Line2D([], [], color=colour, label=label) for label, colour in colours.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False)
+        figure.suptitle(f"{dataset}: every line is one seed; fine-tuning dashed")
+        figures.mkdir(parents=True, exist_ok=True)
+        written.append(figures / f"{dataset}_curves.png")
+        figure.savefig(written[-1], dpi=120)
+        plt.close(figure)
+    return written
+
+
+@stage
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("runs", metavar="RUNS_DIR", type=Path, help="directory that holds the runs, at any depth")
+    parser.add_argument("--figures", metavar="DIR", type=Path, help="draw the training curves into this directory")
+    args = parser.parse_args(argv)
+    print(table(find_runs(args.runs)))
+    if args.figures:
+        for path in draw_curves(args.runs, args.figures):
+            print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

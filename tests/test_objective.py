@@ -1,0 +1,266 @@
+"""The objective against a slow, obvious double loop, and the facts that can be derived on paper. All in float64."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from grpo_rm import accuracy_reward, cross_entropy_loss, group_advantages, grpo_rm_loss, uniformity_reward
+
+OPTIONS = [
+    dict(uniformity=uniformity, weighting=weighting, ratio_floor=floor, background_penalty=penalty)
+    for uniformity, weighting, floor, penalty in itertools.product(
+        ["eq4", "eq5", "none"], ["uniform", "policy"], [0.0, 0.1], [0.0, 0.5]
+    )
+]
+
+
+def random_case(n=7, c=5, seed=0, scale=2.0, apart=0.3):
+    """Logits, old logits near them, targets."""
+    generator = torch.Generator().manual_seed(seed)
+    old = scale * torch.randn(n, c, generator=generator, dtype=torch.float64)
+    logits = old + apart * torch.randn(n, c, generator=generator, dtype=torch.float64)
+    return logits, old, torch.randint(c, (n,), generator=generator)
+
+
+def softmax(row):
+    total = sum(math.exp(x) for x in row)
+    return [math.exp(x) / total for x in row]
+
+
+def naive_loss(
+    logits,
+    old,
+    targets,
+    *,
+    uniformity,
+    weighting,
+    ratio_floor,
+    background_penalty,
+    w_acc=1,
+    w_uni=1,
+    eps=0.2,
+    ignore=255,
+):
+    """Eqs. (1) to (6) one number at a time, with quotients of probabilities as they are printed."""
+    total, clipped, ratios, kl, entropy, hits, count = 0.0, 0, [], 0.0, 0.0, 0, 0
+    for row, old_row, k in zip(logits.tolist(), old.tolist(), targets.tolist(), strict=True):
+        if k == ignore:
+            continue
+        count += 1
+        p, q, c = softmax(row), softmax(old_row), len(row)
+        r = []
+        for i in range(c):
+            accuracy = c if i == k else 0
+            if uniformity == "eq4":
+                uniform = -q[i]
+            elif uniformity == "eq5":
+                uniform = q[k] if i == k else (1 - q[k]) / (c - 1) - q[i]
+            else:
+                uniform = 0
+            r.append(w_acc * accuracy + w_uni * uniform - (background_penalty * c if i == 0 else 0))
+        if weighting == "uniform":
+            mean = sum(r) / c
+            std = math.sqrt(sum((x - mean) ** 2 for x in r) / c)
+            weight = [1 / c] * c
+        else:
+            mean = sum(qi * x for qi, x in zip(q, r, strict=True))
+            std = math.sqrt(sum(qi * (x - mean) ** 2 for qi, x in zip(q, r, strict=True))) + 1e-4
+            weight = q
+        for i in range(c):
+            A = (r[i] - mean) / std
+            rho = p[i] / (q[i] + ratio_floor / c)
+            inside = min(max(rho, 1 - eps), 1 + eps)
+            total += weight[i] * min(rho * A, inside * A)
+            clipped += (A > 0 and rho > 1 + eps) or (A < 0 and rho < 1 - eps)
+            ratios.append(rho)
+            kl += q[i] * math.log(q[i] / p[i])
+            entropy -= p[i] * math.log(p[i])
+        hits += row.index(max(row)) == k
+    stats = {"clip_fraction": clipped / len(ratios), "mean_ratio": sum(ratios) / len(ratios), "max_ratio": max(ratios)}
+    return -total / count, stats | {"kl": kl / count, "entropy": entropy / count, "accuracy": hits / count}
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize("fused", [True, False])
+def test_loss_and_statistics_equal_the_double_loop(options, fused):
+    logits, old, targets = random_case()
+    targets[2] = 255
+    expected, expected_stats = naive_loss(logits, old, targets, **options)
+    loss, stats = grpo_rm_loss(logits, old, targets, fused=fused, **options)
+    assert loss.dtype == torch.float64
+    assert loss.item() == pytest.approx(expected, abs=1e-13)
+    assert stats["loss"].item() == loss.item()
+    for name, value in expected_stats.items():
+        assert stats[name].item() == pytest.approx(value, abs=1e-12), name
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+def test_gradcheck(options):
+    logits, old, targets = random_case(n=4, c=4)
+    targets[1] = 255
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: grpo_rm_loss(x, old, targets, **options)[0], (logits,))
+
+
+def test_gradient_equals_the_closed_form():
+    """dL/dlogits_i = p_i sum_j w_j - w_i with w = m rho A / (N c), m = 1 where the unclipped branch is active."""
+    logits, old, targets = random_case(n=50, c=9, apart=0.5)
+    logits.requires_grad_()
+    loss, stats = grpo_rm_loss(logits, old, targets)
+    loss.backward()
+    p, q = logits.detach().softmax(1), old.softmax(1)
+    advantages = group_advantages(accuracy_reward(targets, 9) + uniformity_reward(q, targets))
+    rho = p / q
+    active = torch.where(advantages > 0, rho <= 1.2, rho >= 0.8)
+    assert 0.05 < stats["clip_fraction"] < 0.95  # both branches are exercised
+    w = active * rho * advantages / (50 * 9)
+    torch.testing.assert_close(logits.grad, p * w.sum(1, keepdim=True) - w, atol=1e-15, rtol=1e-12)
+
+
+def test_first_step_after_a_refresh():
+    """rho = 1 everywhere, loss 0, gradient exactly -A / (N c)."""
+    logits, _, targets = random_case(n=20, c=10)
+    logits.requires_grad_()
+    loss, stats = grpo_rm_loss(logits, logits.detach().clone(), targets)
+    loss.backward()
+    q = logits.detach().softmax(1)
+    advantages = group_advantages(accuracy_reward(targets, 10) + uniformity_reward(q, targets))
+    assert stats["mean_ratio"] == stats["max_ratio"] == 1 and stats["clip_fraction"] == 0
+    assert stats["kl"] == 0
+    assert abs(loss.item()) < 1e-15
+    torch.testing.assert_close(logits.grad, -advantages / 200, atol=1e-16, rtol=1e-12)
+
+
+def test_old_logits_get_no_gradient():
+    logits, old, targets = random_case()
+    logits.requires_grad_()
+    old.requires_grad_()
+    grpo_rm_loss(logits, old, targets)[0].backward()
+    assert old.grad is None and logits.grad is not None
+
+
+@pytest.mark.parametrize("c", [2, 3, 10, 1000])
+def test_accuracy_reward_alone_gives_sqrt_c_minus_1(c):
+    targets = torch.tensor([0, c - 1])
+    advantages = group_advantages(accuracy_reward(targets, c).double())
+    assert advantages[0, 0].item() == pytest.approx(math.sqrt(c - 1))
+    assert advantages[0, 1].item() == pytest.approx(-1 / math.sqrt(c - 1))
+    assert advantages[1, c - 1].item() == pytest.approx(math.sqrt(c - 1))
+
+
+def test_two_classes_make_uniformity_irrelevant():
+    _, old, _ = random_case(n=30, c=2)
+    targets = torch.arange(30) % 2
+    rewards = accuracy_reward(targets, 2) + uniformity_reward(old.softmax(1), targets)
+    expected = 2 * torch.nn.functional.one_hot(targets, 2).double() - 1
+    torch.testing.assert_close(group_advantages(rewards), expected)
+
+
+def test_reward_statistics_in_closed_form():
+    """Eqs. (3) + (4): mean (c - 1)/c, variance (c^2 - 2 c q_k + sum q^2)/c - mean^2."""
+    c = 7
+    _, old, targets = random_case(n=40, c=c)
+    q = old.softmax(1)
+    rewards = accuracy_reward(targets, c) + uniformity_reward(q, targets)
+    mean = (c - 1) / c
+    variance = (c**2 - 2 * c * q[torch.arange(40), targets] + q.square().sum(1)) / c - mean**2
+    torch.testing.assert_close(rewards.mean(1), torch.full((40,), mean, dtype=torch.float64))
+    torch.testing.assert_close(rewards.var(1, correction=0), variance)
+
+
+def test_eq5_rewards_as_printed():
+    q = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
+    rewards = uniformity_reward(q, torch.tensor([1]), "eq5")
+    torch.testing.assert_close(rewards, torch.tensor([[0.35 - 0.5, 0.3, 0.35 - 0.2]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("value", [1e3, 1e30, torch.finfo(torch.float32).max])
+@pytest.mark.parametrize("options", OPTIONS[::4], ids=lambda o: "-".join(map(str, o.values())))
+def test_finite_for_any_finite_logits(value, options):
+    extreme = torch.tensor([[value, -value, 0.0], [-value, value, -value], [0.0, 0.0, 0.0]])
+    for logits, old in itertools.product((extreme, -extreme, extreme.roll(1, 1), torch.zeros(3, 3)), repeat=2):
+        logits = logits.clone().requires_grad_()
+        loss, stats = grpo_rm_loss(logits, old, torch.tensor([0, 1, 2]), **options)
+        loss.backward()
+        assert loss.isfinite() and logits.grad.isfinite().all()
+        assert all(value.isfinite() for value in stats.values())
+
+
+def test_ignored_samples_leave_everything_untouched():
+    logits, old, targets = random_case(n=6)
+    expected, expected_stats = grpo_rm_loss(logits, old, targets)
+    void = torch.full((4, 5), torch.nan, dtype=torch.float64)
+    more = (torch.cat([x, v]) for x, v in ((logits, void), (old, void), (targets, torch.full((4,), 255))))
+    loss, stats = grpo_rm_loss(*more)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(stats, expected_stats)
+
+
+def test_all_ignored_is_zero_not_nan():
+    logits, old, _ = random_case()
+    logits.requires_grad_()
+    loss, stats = grpo_rm_loss(logits, old, torch.full((7,), 255))
+    loss.backward()
+    assert loss == 0 and (logits.grad == 0).all()
+    assert all(value.isfinite() for value in stats.values())
+    loss, stats = cross_entropy_loss(logits, torch.full((7,), 255))
+    assert loss == 0 and stats["accuracy"] == 0
+
+
+def test_class_255_is_a_class_when_asked():
+    """ImageNet has a class 255; the default void label would drop it."""
+    logits, old, _ = random_case(n=3, c=300)
+    targets = torch.tensor([255, 255, 255])
+    assert grpo_rm_loss(logits, old, targets)[0] == 0
+    assert grpo_rm_loss(logits, old, targets, ignore_index=-100)[0] != 0
+
+
+def test_maps_equal_their_pixels():
+    generator = torch.Generator().manual_seed(1)
+    maps, old = (torch.randn(2, 4, 3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    targets = torch.randint(4, (2, 3, 5), generator=generator)
+    targets[0, 1] = 255
+    flat = [x.permute(0, 2, 3, 1).reshape(-1, 4) for x in (maps, old)]
+    expected = grpo_rm_loss(*flat, targets.flatten(), background_penalty=0.5)
+    torch.testing.assert_close(grpo_rm_loss(maps, old, targets, background_penalty=0.5), expected)
+
+
+def test_half_precision_is_computed_in_float32():
+    logits, old, targets = (x.bfloat16() if x.is_floating_point() else x for x in random_case())
+    loss, _ = grpo_rm_loss(logits, old, targets)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, grpo_rm_loss(logits.float(), old.float(), targets)[0])
+
+
+def test_equal_rewards_give_zero_advantages():
+    for constant in (0.0, 0.1, -3.7, 1000 / 3):
+        assert (group_advantages(torch.full((2, 1000), constant)) == 0).all()
+
+
+def test_ratio_floor_bounds_the_ratio():
+    old = torch.tensor([[40.0, 0.0, 0.0, 0.0]])
+    assert grpo_rm_loss(-old, old, torch.tensor([1]))[1]["max_ratio"] > 1e15
+    assert grpo_rm_loss(-old, old, torch.tensor([1]), ratio_floor=0.1)[1]["max_ratio"] <= 4 / 0.1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(uniformity="eq6"),
+        dict(weighting="half"),
+        dict(targets=torch.zeros(3, dtype=torch.int64)),
+        dict(old_logits=torch.zeros(7, 4)),
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_bad_arguments_raise(change):
+    logits, old, targets = random_case()
+    with pytest.raises(ValueError):
+        grpo_rm_loss(**(dict(logits=logits, old_logits=old, targets=targets) | change))
+
+
+def test_one_output_is_no_group():
+    with pytest.raises(ValueError, match="G >= 2"):
+        grpo_rm_loss(torch.zeros(3, 1), torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64))
