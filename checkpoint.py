@@ -1,6 +1,7 @@
 """A run on disk: config.json, log.jsonl, checkpoints and exported weights, each whole or absent at any moment."""
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,7 +42,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         raise InputError(f"cannot write {path} ({first_line(error)}); free some space or choose another directory") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def to_json(values: dict) -> str:
@@ -70,7 +73,8 @@ def load_state_dict_file(path: str | Path) -> dict[str, torch.Tensor]:
     """The state dict stored in `path`, on the CPU. Nothing but tensors and plain containers is ever unpickled. Raises
     InputError when the file is missing, damaged, or holds anything else."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch warns of odd pickles before it refuses them
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         reason = "not a file of plain tensors" if isinstance(error, pickle.UnpicklingError) else first_line(error)
         raise InputError(f"weights file {path} cannot be loaded ({reason}); give a state dict saved with torch.save") from error
@@ -293,10 +297,10 @@ class Run:
             state = {key: value.detach().cpu() for key, value in module.state_dict().items()}
             write_atomically(self.directory / name, lambda file: torch.save(state, file))
 
-    def say(self, text: str, file=sys.stderr) -> None:
-        """Print a line on rank 0 without breaking the progress bar."""
+    def say(self, text: str, file=None) -> None:
+        """Print a line on rank 0, on stderr unless told otherwise, without breaking the progress bar."""
         if self.world.rank == 0:
-            tqdm.write(text, file=file)
+            tqdm.write(text, file=file or sys.stderr)
 
     def _log(self, event: str, step: int, values: dict[str, float]) -> None:
         if self.world.rank == 0:

@@ -94,8 +94,9 @@ def stage(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | Non
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, to quote it inside a message of one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an error's message, at most 160 characters of it, to quote inside a message of one line."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 160 else line[:157] + "..."
 
 
 # ------------------------------------------------------------------------------------------------------------------

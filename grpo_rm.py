@@ -15,6 +15,7 @@ import itertools
 import math
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -173,7 +174,8 @@ def cross_entropy_loss(
     Shapes, return value and the names of the statistics as in `grpo_rm_loss`."""
     valid = targets != ignore_index
     count = valid.sum().clamp(min=1)
-    loss = F.cross_entropy(logits.float(), targets, ignore_index=ignore_index, reduction="sum") / count
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    loss = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum") / count
     correct = (logits.detach().argmax(1) == targets) & valid
     return loss, {"loss": loss.detach(), "accuracy": correct.sum() / count}
 
@@ -203,7 +205,7 @@ class VitTiny(nn.Module):
         if (h, w) == (side, side):
             return embedding
         grid = embedding[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
-        grid = F.interpolate(grid.float(), size=(h, w), mode="bicubic")  # (1, D, h, w)
+        grid = F.interpolate(grid, size=(h, w), mode="bicubic")  # (1, D, h, w)
         return torch.cat([embedding[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
     def get_intermediate_layers(self, images, n=1, reshape=False, return_class_token=False, norm=True) -> tuple:
@@ -301,7 +303,7 @@ class ClassificationHead(nn.Module):
         """DINOv2's dict of features -> logits (B, G) float32."""
         class_token = features["x_norm_clstoken"]  # (B, D)
         with torch.autocast(class_token.device.type, enabled=False):
-            return self.layers(class_token.float())
+            return self.layers(class_token.to(self.layers[0].weight.dtype))
 
 
 class Policy(nn.Module):
@@ -360,13 +362,15 @@ def init_world(device: str = "auto") -> World:
 @contextlib.contextmanager
 def one_rank_first(world: World) -> Iterator[None]:
     """Rank 0, then one rank of every other node, then all others: a download happens once, with or without a file
-    system shared between the nodes."""
+    system shared between the nodes. A rank that fails lets the others have their turn, so that each can say why."""
     turn = 0 if world.rank == 0 else 1 if world.local_rank == 0 else 2
     for _ in range(turn if world.size > 1 else 0):
         dist.barrier()
-    yield
-    for _ in range(2 - turn if world.size > 1 else 0):
-        dist.barrier()
+    try:
+        yield
+    finally:
+        for _ in range(2 - turn if world.size > 1 else 0):
+            dist.barrier()
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:
@@ -462,6 +466,7 @@ def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args
     old_policy = None
     if args.method == "grpo_rm":
         old_policy = copy.deepcopy(policy).requires_grad_(False)  # allocated once, outside DDP, never given gradients
+    warnings.filterwarnings("ignore", message="Grad strides do not match")  # DDP, of tokens of shape (1, 1, D): harmless
     gpus = [world.device] if world.device.type == "cuda" else None
     model = DistributedDataParallel(policy, device_ids=gpus) if world.size > 1 else policy
     backbone = [parameter for parameter in policy.backbone.parameters() if parameter.requires_grad]
@@ -476,6 +481,10 @@ def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
     run = Run(args, world, steps_per_epoch, policy=policy, old_policy=old_policy, optimizer=optimizer, scaler=scaler)
     step = run.start()
+    run.say(f"{args.method} of {args.backbone} on {args.dataset}: {last_step} steps, {steps_per_epoch} an epoch, on {world.size} x {world.device.type}, "
+            f"amp {args.amp}, lr {args.lr:g} to {args.lr_end:g} -> {args.output_dir}", file=sys.stdout)
+    if args.method == "grpo_rm" and args.ratio_floor:
+        run.say(f"ratio floor {args.ratio_floor:g}: rho = p / (q + {args.ratio_floor:g}/c); Eq. (1) to the letter is --ratio-floor 0", file=sys.stdout)
 
     for epoch in range(step // steps_per_epoch, math.ceil(last_step / steps_per_epoch)):  # line 2
         batches = loader.epoch(epoch, start=step % steps_per_epoch)

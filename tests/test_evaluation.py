@@ -1,0 +1,180 @@
+"""The evaluations against brute force, their independence of the number of processes, and the report."""
+
+import json
+import statistics
+from collections import defaultdict
+
+import pytest
+import torch
+from conftest import TINY, run_script, stderr_of
+
+import eval_knn
+import eval_linear
+import report
+import train_cls
+from eval_knn import knn_predict
+from eval_linear import fit_softmax_regression
+
+
+def brute_force(train, labels, test, num_classes, k):
+    """One neighbour at a time: votes first, then summed similarity."""
+    predictions = []
+    for x in test:
+        similarity = [(torch.dot(x, y) / (x.norm() * y.norm())).item() for y in train]
+        nearest = sorted(range(len(train)), key=lambda i: -similarity[i])[:k]
+        votes = defaultdict(lambda: [0, 0.0])
+        for i in nearest:
+            votes[labels[i].item()][0] += 1
+            votes[labels[i].item()][1] += similarity[i]
+        predictions.append(max(votes, key=lambda label: tuple(votes[label])))
+    return torch.tensor(predictions)
+
+
+@pytest.mark.parametrize(("n", "m", "k", "chunk"), [(200, 37, 5, 1024), (200, 37, 5, 8), (3, 10, 5, 4), (50, 1, 1, 1), (60, 99, 20, 10)])
+def test_knn_equals_brute_force(n, m, k, chunk, monkeypatch):
+    generator = torch.Generator().manual_seed(n + k)
+    train, test = (torch.randn(size, 4, generator=generator, dtype=torch.float64) for size in (n, m))
+    labels = torch.randint(4, (n,), generator=generator)
+    expected = brute_force(train, labels, test, 4, k)
+    assert torch.equal(knn_predict(train, labels, test, num_classes=4, k=k, chunk=chunk), expected)
+    monkeypatch.setattr(eval_knn, "BLOCK", 64)  # the training features in many blocks
+    assert torch.equal(knn_predict(train, labels, test, num_classes=4, k=k, chunk=chunk), expected)
+
+
+def test_knn_tie_goes_to_the_nearer_class():
+    angles = torch.tensor([0.5, 0.1, 0.2, 0.4, 3.0])
+    train = torch.stack([angles.cos(), angles.sin()], 1)
+    labels = torch.tensor([0, 0, 1, 1, 2])
+    test = torch.tensor([[1.0, 0.0]])
+    # one of class 2; two of 0 at cos .5 + cos .1 = 1.873, two of 1 at cos .2 + cos .4 = 1.901
+    assert knn_predict(train, labels, test, num_classes=3, k=5).tolist() == [1]
+    assert knn_predict(train, labels, 100 * test, num_classes=3, k=5).tolist() == [1]
+
+
+def test_knn_without_training_features_or_test_features():
+    with pytest.raises(ValueError, match="at least one"):
+        knn_predict(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), torch.ones(1, 3), num_classes=2)
+    labels = torch.zeros(2, dtype=torch.int64)
+    assert knn_predict(torch.ones(2, 3), labels, torch.zeros(0, 3), num_classes=2).shape == (0,)
+
+
+def test_softmax_regression_finds_the_optimum():
+    """Against full-batch L-BFGS on the same convex problem, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(300, 3, generator=generator, dtype=torch.float64)
+    targets = (features @ torch.randn(3, 4, generator=generator, dtype=torch.float64)).argmax(1)
+    targets = torch.where(torch.rand(300, generator=generator) < 0.3, torch.randint(4, (300,), generator=generator), targets)
+    torch.set_default_dtype(torch.float64)
+    try:
+        recipe = dict(epochs=200, batch_size=300, lr=0.1, lr_end=1e-4, seed=0)
+        layer = fit_softmax_regression(features, targets, 4, **recipe)
+        again = fit_softmax_regression(features, targets, 4, **recipe)
+        best = torch.nn.Linear(3, 4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    optimizer = torch.optim.LBFGS(best.parameters(), max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(best(features), targets)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    reached = torch.nn.functional.cross_entropy(layer(features), targets)
+    assert reached.item() == pytest.approx(closure().item(), abs=1e-5)
+    assert torch.equal(layer.weight, again.weight)
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "shapes" / "grpo_rm" / "seed3"
+    train_cls.main([*TINY, "--batch-size", "50", "--epochs", "1", "--seed", "3", "--output-dir", str(directory)])
+    return directory
+
+
+def test_results_know_their_run(finished_run):
+    for module, name in ((eval_linear, "eval_linear.json"), (eval_knn, "eval_knn.json")):
+        module.main([*TINY, "--weights", str(finished_run / "backbone.pth"), "--batch-size", "32"])
+        result = json.loads((finished_run / name).read_text())
+        assert (result["dataset"], result["method"], result["seed"]) == ("shapes", "grpo_rm", 3)
+        assert (result["train_images"], result["val_images"]) == (100, 40)
+        assert 0 <= result["top1"] <= 100 and result["top1"] * 40 / 100 == pytest.approx(round(result["top1"] * 40 / 100))
+
+
+def test_frozen_baseline_is_the_backbone_training_starts_from(finished_run, tmp_path):
+    """Same seed, same random vit_tiny: its k-NN equals that of the weights saved before any step."""
+    eval_knn.main([*TINY, "--seed", "3", "--output", str(tmp_path / "frozen.json")])
+    torch.manual_seed(3)
+    torch.save(train_cls.load_data_and_backbone.__globals__["load_backbone"]("vit_tiny").state_dict(), tmp_path / "start.pth")
+    eval_knn.main([*TINY, "--weights", str(tmp_path / "start.pth"), "--output", str(tmp_path / "start.json")])
+    frozen, start = (json.loads((tmp_path / name).read_text()) for name in ("frozen.json", "start.json"))
+    assert frozen["top1"] == start["top1"] and frozen["method"] == start["method"] == "frozen" and frozen["seed"] == 3
+
+
+def test_evaluation_does_not_depend_on_the_number_of_processes(finished_run, tmp_path):
+    for script in ("eval_linear.py", "eval_knn.py"):
+        results = []
+        for nproc in (1, 3):
+            output = tmp_path / f"{script}{nproc}.json"
+            arguments = (*TINY, "--weights", finished_run / "backbone.pth", "--batch-size", "16", "--output", output)
+            done = run_script(script, *arguments, nproc=nproc)
+            assert done.returncode == 0, done.stderr
+            results.append(json.loads(output.read_text()) | {"output": None})
+        assert results[0] == results[1]
+
+
+def test_validation_images_never_train_the_linear_layer(monkeypatch, tmp_path):
+    seen = []
+    original = eval_linear.fit_softmax_regression
+    monkeypatch.setattr(eval_linear, "fit_softmax_regression", lambda f, t, *a, **k: seen.append(len(f)) or original(f, t, *a, **k))
+    eval_linear.main([*TINY, "--epochs", "1", "--output", str(tmp_path / "result.json")])
+    assert seen == [100]
+
+
+def fake_run(root, dataset, method, seed, sr, knn=None, **config):
+    directory = root / dataset / method / f"seed{seed}"
+    directory.mkdir(parents=True)
+    base = {"dataset": dataset, "method": method, "seed": seed}
+    (directory / "config.json").write_text(json.dumps(base | {"lr": 1e-3, "output_dir": str(directory)} | config))
+    (directory / "eval_linear.json").write_text(json.dumps(base | {"top1": sr, "epochs": 50}))
+    if knn is not None:
+        (directory / "eval_knn.json").write_text(json.dumps(base | {"top1": knn, "k": 5}))
+    return directory
+
+
+def rows(root):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in report.table(report.find_runs(root)).splitlines()[2:]]
+
+
+def test_report_means_and_deviations(tmp_path):
+    for seed, (sr, knn) in enumerate([(60.0, 61.5), (62.5, 60.25), (64.25, 63.0)]):
+        fake_run(tmp_path, "tiny_imagenet", "grpo_rm", seed, sr, knn)
+    fake_run(tmp_path, "tiny_imagenet", "frozen", 0, 29.0)
+    fake_run(tmp_path, "shapes", "finetune", 0, 90.0, 91.0)
+    table = rows(tmp_path)
+    assert [row[:2] for row in table] == [["shapes", "Fine-tuning"], ["tiny_imagenet", "frozen"], ["tiny_imagenet", "GRPO-RM"]]
+    values = [60.0, 62.5, 64.25]
+    assert table[2][3:6] == ["0, 1, 2", f"{sum(values) / 3:.2f} ± {statistics.stdev(values):.2f}", "65.96 ± 0.40"]
+    assert table[2][7] == "66.36 ± 0.32"
+    assert table[1][4:] == ["29.00", "29.24", "-", "21.10"]  # a missing result is a dash
+    assert table[0][4:] == ["90.00", "-", "91.00", "-"]  # the paper has no such dataset
+
+
+def test_report_never_averages_over_settings(tmp_path):
+    fake_run(tmp_path, "cifar10", "grpo_rm", 0, 50.0)
+    fake_run(tmp_path, "cifar10", "grpo_rm", 1, 60.0, lr=4e-3)
+    fake_run(tmp_path / "again", "cifar10", "grpo_rm", 0, 70.0)
+    assert sorted(row[4] for row in rows(tmp_path)) == ["50.00", "60.00", "70.00"]
+
+
+def test_report_figures(finished_run, tmp_path, capsys):
+    report.draw_curves(finished_run.parents[2], tmp_path)
+    assert (tmp_path / "shapes_curves.png").stat().st_size > 10_000
+
+
+def test_report_on_bad_directories(tmp_path, capsys):
+    assert "no such directory" in stderr_of(capsys, report.main, tmp_path / "nowhere")
+    assert "holds no finished run" in stderr_of(capsys, report.main, tmp_path)
+    (fake_run(tmp_path, "cifar10", "grpo_rm", 0, 50.0) / "eval_linear.json").write_text('{"top1": 5')
+    assert "eval_linear.json cannot be read" in stderr_of(capsys, report.main, tmp_path)

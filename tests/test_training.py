@@ -1,0 +1,262 @@
+"""Algorithm 1: the old policy, the schedule, processes and pieces, checkpoints and resuming."""
+
+import argparse
+import json
+import math
+import os
+
+import pytest
+import torch
+from conftest import CPU, TINY, stderr_of
+
+import checkpoint
+import grpo_rm
+import train_cls
+from checkpoint import Meter, means, read_log
+from data import TrainLoader, draw_shapes_split
+from grpo_rm import ClassificationHead, Policy, VitTiny, World, copy_policy, init_world, learning_rate, load_backbone, train, training_step
+
+
+def arguments(*extra: str) -> argparse.Namespace:
+    args = train_cls.parse_args([*TINY, "--batch-size", "40", "--lr", "1e-3", "--epochs", "2", "--log-every", "2", *extra])
+    grpo_rm.resolve_training_arguments(args, CPU)
+    return args
+
+
+def run(directory, *extra: str) -> None:
+    base = ["--batch-size", "40", "--lr", "1e-3", "--epochs", "4", "--log-every", "1", "--output-dir", str(directory)]
+    train_cls.main([*TINY, *base, *extra])
+
+
+def without_speed(events):
+    return [{k: v for k, v in event.items() if k != "images_per_s"} for event in events]
+
+
+def small_policy(seed: int = 0) -> Policy:
+    torch.manual_seed(seed)
+    return Policy(VitTiny(), ClassificationHead(96, 10, 32)).double()
+
+
+class DoubleLoader(TrainLoader):
+    """float64 images, so that processes and pieces can be compared beyond float32's rounding."""
+
+    def epoch(self, epoch, start=0):
+        for images, targets in super().epoch(epoch, start):
+            yield images.double(), targets
+
+
+def train_in_double(directory: str, world: World, *extra: str) -> None:
+    """Two epochs of three steps, the last of 3 samples: some ranks and pieces are empty."""
+    args = arguments("--output-dir", directory, *extra)
+    loader = DoubleLoader(draw_shapes_split(83, seed=0), "shapes", 42, 40, world, 1, seed=3, augment=args.augment == "default")
+    train(small_policy(), loader, dict, args, world)
+
+
+def rank_of_several(rank: int, size: int, port: int, directory: str, *extra: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    train_in_double(directory, init_world("cpu"), *extra)
+    torch.distributed.destroy_process_group()
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize(("method", "size", "pieces"), [("grpo_rm", 4, 1), ("finetune", 2, 2)])
+def test_processes_and_accumulation_change_nothing(method, size, pieces, tmp_path):
+    common = ("--method", method, "--ratio-floor", "0")
+    train_in_double(str(tmp_path / "one"), CPU, *common)
+    train_in_double(str(tmp_path / "pieces"), CPU, *common, "--grad-accum", "5")
+    start = (size, free_port(), str(tmp_path / "processes"), *common, "--grad-accum", str(pieces))
+    torch.multiprocessing.spawn(rank_of_several, start, nprocs=size)
+    expected = torch.load(tmp_path / "one" / "backbone.pth", weights_only=True)
+    start = VitTiny().state_dict()
+    assert any((expected[name] - start[name]).abs().max() > 1e-4 for name in start)
+    for name in ("pieces", "processes"):
+        torch.testing.assert_close(torch.load(tmp_path / name / "backbone.pth", weights_only=True), expected, atol=1e-9, rtol=1e-9)
+        for event, other in zip(*(without_speed(read_log(tmp_path / run / "log.jsonl")) for run in ("one", name)), strict=True):
+            assert event.pop("event") == other.pop("event")
+            assert event == pytest.approx(other, rel=1e-7, abs=1e-12)
+
+
+def one_step(policy, old_policy, args, scaler=None):
+    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randn(40, 3, 42, 42, generator=generator, dtype=next(policy.parameters()).dtype)
+    targets = torch.arange(40) % 10
+    meter = Meter()
+    meter.add(training_step(policy, old_policy, optimizer, scaler, images, targets, args, CPU))
+    return means(meter.read())
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_ratio_is_exactly_one_at_the_first_step_after_a_refresh(amp):
+    policy, old_policy = small_policy().float(), small_policy(seed=1).float()
+    args = arguments("--ratio-floor", "0", "--amp", amp)
+    assert one_step(policy, old_policy, args)["mean_ratio"] != 1
+    copy_policy(old_policy, policy)
+    stats = one_step(policy, old_policy, args)
+    assert stats["mean_ratio"] == stats["max_ratio"] == 1
+    assert stats["clip_fraction"] == stats["kl"] == 0 and abs(stats["loss"]) < 1e-7
+    assert one_step(policy, old_policy, args)["max_ratio"] > 1  # the policy moved, the old one did not
+
+
+def test_the_old_policy_stays_behind_between_refreshes(tmp_path, monkeypatch):
+    """Seen from outside: it changes exactly at the refreshes, and then equals the policy."""
+    seen = []
+    original = grpo_rm.training_step
+
+    def spy(model, old_policy, *rest):
+        same = all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), old_policy.state_dict().values(), strict=True))
+        seen.append((same, id(old_policy), sum(p.double().sum().item() for p in old_policy.parameters())))
+        assert not any(p.requires_grad or p.grad is not None for p in old_policy.parameters())
+        return original(model, old_policy, *rest)
+
+    monkeypatch.setattr(grpo_rm, "training_step", spy)
+    run(tmp_path / "epoch", "--epochs", "2")  # 3 steps an epoch
+    assert [same for same, _, _ in seen] == [True, False, False] * 2
+    assert len({identity for _, identity, _ in seen}) == 1  # allocated once
+    assert seen[0][2] == seen[1][2] == seen[2][2] != seen[3][2]
+    seen.clear()
+    run(tmp_path / "steps", "--epochs", "2", "--old-policy-every", "2")
+    assert [same for same, _, _ in seen] == [True, False] * 3
+
+
+def test_learning_rate():
+    rates = [learning_rate(step, 100, 10, 1.0, 0.01) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10] == 1.0 and rates[99] == pytest.approx(0.01)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert learning_rate(54, 100, 10, 1.0, 0.0) == pytest.approx((1 + math.cos(math.pi * 44 / 89)) / 2)
+    assert learning_rate(0, 1, 0, 1.0, 0.01) == 1.0
+
+
+def test_defaults_are_the_papers():
+    args = train_cls.parse_args(["--dataset", "tiny_imagenet"])
+    grpo_rm.resolve_training_arguments(args, CPU)
+    assert (args.lr, args.lr_end, args.batch_size, args.epochs, args.hidden_dim) == (4e-3, 4e-5, 1024, 100, 256)
+    assert (args.clip_eps, args.uniformity, args.accuracy_weight, args.uniformity_weight) == (0.2, "eq4", 1, 1)
+    assert (args.image_size, args.backbone, args.ratio_floor) == (70, "dinov2_vits14", 0.1)
+    assert args.output_dir == "runs/tiny_imagenet/grpo_rm/seed0"
+
+
+def test_head_factor_and_gradient_clipping(monkeypatch, tmp_path):
+    rates = []
+    monkeypatch.setattr(grpo_rm, "training_step", lambda m, o, optimizer, s, i, t, a, w: rates.append(
+        [group["lr"] for group in optimizer.param_groups]) or {k: torch.ones((), dtype=torch.float64) for k in
+        ("samples", "images", "loss", "accuracy")})  # fmt: skip
+    run(tmp_path, "--method", "finetune", "--head-lr-factor", "10", "--epochs", "1")
+    assert all(head == pytest.approx(10 * backbone) for backbone, head in rates)
+    monkeypatch.undo()
+    policy = small_policy()
+    before = torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
+    args = arguments("--max-grad-norm", "0.5", "--method", "finetune")
+    norm = one_step(policy, None, args)["grad_norm"]
+    assert norm > 0.5  # logged before clipping
+    assert not torch.equal(before, torch.cat([p.detach().flatten() for p in policy.parameters()]))
+
+
+@pytest.mark.parametrize("extra", [(), ("--old-policy-every", "5"), ("--method", "finetune")], ids=["grpo_rm", "refresh5", "finetune"])
+def test_resumed_run_equals_uninterrupted_one_bit_for_bit(extra, tmp_path):
+    run(tmp_path / "whole", *extra)
+    for stop in ("3", "7", "8"):  # 3 steps an epoch: at an epoch's end, and within one
+        run(tmp_path / "parts", *extra, "--max-steps", stop, "--resume")
+    run(tmp_path / "parts", *extra, "--resume")
+    for name in ("backbone.pth", "head.pth"):
+        whole, parts = (torch.load(tmp_path / d / name, weights_only=True) for d in ("whole", "parts"))
+        assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    logs = [read_log(tmp_path / d / "log.jsonl") for d in ("whole", "parts")]
+    assert without_speed(logs[0]) == without_speed(logs[1])
+    assert [e["step"] for e in logs[0] if e["event"] == "step"] == list(range(1, 13))
+
+
+def test_lines_after_the_checkpoint_are_not_doubled(tmp_path):
+    run(tmp_path, "--max-steps", "6")
+    with open(tmp_path / "log.jsonl", "a") as file:  # what a process wrote before it was killed
+        file.write(json.dumps({"event": "step", "epoch": 2, "step": 7, "loss": 9.0}) + "\n" + '{"event": "st')
+    run(tmp_path, "--resume")
+    steps = [event["step"] for event in read_log(tmp_path / "log.jsonl") if event["event"] == "step"]
+    assert steps == list(range(1, 13))
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
+    run(tmp_path / "whole")
+    run(tmp_path / "parts", "--max-steps", "6")
+    newest = tmp_path / "parts" / "checkpoint.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    capsys.readouterr()
+    run(tmp_path / "parts", "--resume")
+    assert f"warning: {newest} does not load" in capsys.readouterr().err
+    whole, parts = (torch.load(tmp_path / d / "backbone.pth", weights_only=True) for d in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    run(tmp_path, "--max-steps", "3")
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def full_disk(state, file):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full_disk)
+    with pytest.raises(SystemExit) as exit_:
+        run(tmp_path, "--resume")
+    assert exit_.value.code == 2
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert not list(tmp_path.glob(".*tmp"))
+
+
+def test_checkpoints_within_an_epoch_come_by_the_clock(tmp_path, monkeypatch):
+    saved = []
+    original = checkpoint.Run.save
+    monkeypatch.setattr(checkpoint.Run, "save", lambda self, step, lr: saved.append(step) or original(self, step, lr))
+    run(tmp_path / "often", "--epochs", "1", "--checkpoint-minutes", "0")
+    assert saved == [1, 2, 3]
+    saved.clear()
+    run(tmp_path / "seldom", "--epochs", "1")
+    assert saved == [3]
+
+
+def test_what_a_run_leaves_behind(tmp_path):
+    run(tmp_path)
+    names = {"config.json", "log.jsonl", "checkpoint.pt", "checkpoint_previous.pt", "backbone.pth", "head.pth"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["method"] == "grpo_rm" and config["ratio_floor"] == 0.1 and config["torch_version"] == torch.__version__
+    assert config["world_size"] == 1 and config["device_name"] == "cpu" and "git_commit" in config
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {line["event"] for line in lines} == {"step", "epoch"}
+    needed = {"epoch", "step", "loss", "lr", "images_per_s", "accuracy", "clip_fraction", "mean_ratio", "max_ratio", "kl", "entropy", "grad_norm"}
+    assert all(needed <= line.keys() for line in lines)
+    assert "val_accuracy" in lines[-1] and lines[-1]["event"] == "epoch"
+    load_backbone("vit_tiny", weights=str(tmp_path / "backbone.pth"))
+
+
+def test_numbers_without_a_name_in_json_become_null():
+    assert json.loads(checkpoint.to_json({"a": math.inf, "b": math.nan, "c": 1.5})) == {"a": None, "b": None, "c": 1.5}
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(grpo_rm, "cross_entropy_loss", lambda logits, *a, **k: (logits.sum() * math.nan, {"loss": logits.sum().detach() * math.nan, "accuracy": logits.sum().detach()}))  # fmt: skip
+    arguments = [*TINY, "--method", "finetune", "--log-every", "1", "--output-dir", tmp_path]
+    assert "the loss is nan at step 1" in stderr_of(capsys, train_cls.main, *arguments, status=1)
+
+
+def test_a_huge_ratio_is_warned_of_once(tmp_path, capsys):
+    run(tmp_path, "--ratio-floor", "0", "--lr", "0.5", "--epochs", "3")
+    assert max(event["max_ratio"] for event in read_log(tmp_path / "log.jsonl")) > 1e4
+    assert capsys.readouterr().err.count("warning: the ratio p/q reached") == 1
+
+
+def test_fp16_scaler_is_part_of_the_checkpoint(tmp_path):
+    run(tmp_path, "--amp", "fp16", "--epochs", "1")
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["scaler"]["scale"] > 1
+    assert state["old_policy"].keys() == state["policy"].keys()
