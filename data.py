@@ -50,11 +50,19 @@ class Diverged(RuntimeError):
     """The loss is no longer a number; the message is one line."""
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the script's manual as it is written, and the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        hidden = action.default is None or action.default is False or action.default is argparse.SUPPRESS
+        return action.help if hidden else f"{action.help} [%(default)s]"
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose errors are one line, and whose help shows the script's manual as it is written."""
+    """argparse whose errors are one line."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(usage="%(prog)s [flags]", description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (--help explains all flags)\n")

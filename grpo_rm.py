@@ -562,13 +562,17 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--hub-repo", help="owner/repo[:ref], or a local directory with the hub code (then weights come from --weights, else they are random); default: DINOv2 at a pinned commit")
     group.add_argument("--weights", help="state dict of the backbone to start from; every name and shape must match")
     group.add_argument("--seed", type=number(0, kind=int), default=0, help="seed of weights, batches and augmentation; the paper has 5 runs")
-    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto is cuda where there is one")
     group.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision; auto is bf16 on GPUs that have it, else off")
     group.add_argument("--workers", type=number(0, kind=int), default=min(8, os.cpu_count() or 1), help="decoding threads or processes of each rank")
 
 
 def add_training_arguments(parser: ArgumentParser, *, lr: float, lr_end: float, batch_size: int) -> None:
     """Objective, optimisation and files of a run: for both train stages. lr and lr_end are those of a batch of 256."""
+    group = parser.add_argument_group("training data")
+    group.add_argument("--train-fraction", type=number(0, 1, open_low=True), default=1.0, help="random share of the training set, the same for both methods")
+    group.add_argument("--augment", choices=["default", "none"], default="default", help="default: crop after zero padding and flip; ImageNet: random resized crop and flip")
+
     group = parser.add_argument_group("objective")
     group.add_argument("--method", choices=["grpo_rm", "finetune"], default="grpo_rm", help="finetune is cross-entropy on the same network, batches and schedule")
     group.add_argument("--clip-eps", type=number(0, 1, open_low=True), default=0.2, help="eps of Eq. (1); the paper's is 0.2")
@@ -585,7 +589,7 @@ def add_training_arguments(parser: ArgumentParser, *, lr: float, lr_end: float, 
     group.add_argument("--grad-accum", type=number(1, kind=int), default=1, help="cut each process's batch into so many pieces, to save memory; the result is the same")
     group.add_argument("--lr", type=number(0, open_low=True), help=f"first learning rate; default: the paper's {lr:g} * m/256")
     group.add_argument("--lr-end", type=number(0), help=f"last learning rate; default: the paper's {lr_end:g} * m/256")
-    group.add_argument("--head-lr-factor", type=number(0, open_low=True), default=1.0, help="multiplies the head's learning rate")
+    group.add_argument("--head-lr-factor", type=number(0, open_low=True), default=1.0, help="multiplies the head's learning rate; the paper's is 1")
     group.add_argument("--warmup-epochs", type=number(0), default=0.0, help="linear warm-up; the paper has none")
     group.add_argument("--max-grad-norm", type=number(0, open_low=True), help="clip the gradient's norm; default: off, as in the paper")
     group.add_argument("--hidden-dim", type=number(1, kind=int), default=256, help="width of the head; the paper's is 256")
@@ -640,4 +644,6 @@ def load_data_and_backbone(args: argparse.Namespace, world: World) -> tuple[Spli
     with one_rank_first(world):
         backbone = load_backbone(args.backbone, hub_repo=args.hub_repo, weights=args.weights)
     check_image_size(backbone, args.image_size)
+    if world.rank == 0 and not args.weights and args.hub_repo and os.path.isdir(args.hub_repo):
+        print(f"warning: {args.backbone} starts from random weights: {args.hub_repo} holds code only; give --weights FILE", file=sys.stderr)
     return limit(train_split, args.limit_train), limit(val_split, args.limit_val), backbone

@@ -15,7 +15,7 @@ from pathlib import Path
 from checkpoint import read_log
 from data import ArgumentParser, InputError, first_line, stage
 
-METHODS = {"frozen": "DINOv2", "finetune": "Fine-tuning", "grpo_rm": "GRPO-RM"}  # ours -> the paper's
+METHODS = {"frozen": "frozen", "finetune": "Fine-tuning", "grpo_rm": "GRPO-RM"}  # the paper calls the first DINOv2
 PAPER = {  # Table 3: (mean, standard deviation) of softmax regression and of k-NN over 5 runs, DINOv2 ViT-S/14
     "cifar10": {"frozen": ((47.26,), (43.26,)), "finetune": ((94.55, 0.27), (94.39, 0.29)), "grpo_rm": ((95.78, 0.26), (95.81, 0.30))},
     "cifar100": {"frozen": ((20.68,), (25.92,)), "finetune": ((68.87, 2.70), (71.32, 1.85)), "grpo_rm": ((74.41, 2.28), (78.48, 0.92))},
@@ -78,14 +78,19 @@ def mean_and_deviation(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def table(runs: list[dict]) -> str:
+def label(path: Path, root: Path) -> str:
+    """A run's directory relative to `root`, without its seed: what the runs of one row have in common."""
+    return str((path.parent if path.name.startswith("seed") else path).relative_to(root))
+
+
+def table(runs: list[dict], root: Path) -> str:
     """The Markdown table: one row per dataset, method and settings, with the paper's numbers where it has them."""
     lines = ["| dataset | method | runs | seeds | SR | paper's SR | k-NN | paper's k-NN |", "|---|---|---|---|---|---|---|---|"]
     for group in group_runs(runs):
         dataset, method = group[0]["dataset"], group[0]["method"]
-        places = {str(run["path"].parent if run["path"].name.startswith("seed") else run["path"]) for run in group}
+        places = {label(run["path"], root) for run in group}
         seeds = ", ".join(str(seed) for seed in sorted(run["seed"] for run in group))
-        cells = [dataset, f"{METHODS[method] if method != 'frozen' else 'frozen'}", ", ".join(sorted(places)), seeds]
+        cells = [dataset, METHODS[method], ", ".join(sorted(places)), seeds]
         paper = PAPER.get(dataset, {}).get(method, (None, None))
         for score, printed in zip(SCORES, paper, strict=True):
             cells.append(mean_and_deviation([run["scores"][score] for run in group if score in run["scores"]]))
@@ -118,15 +123,14 @@ def draw_curves(root: Path, figures: Path) -> list[Path]:
         figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
         colours = {}
         for path, config, epochs in logs:
-            label = str(path.parent.parent.relative_to(root)) if path.parent.name.startswith("seed") else str(path.parent.relative_to(root))
-            colour = colours.setdefault(label, f"C{len(colours) % 10}")
+            colour = colours.setdefault(label(path.parent, root), f"C{len(colours) % 10}")
             for axis, (title, (key, method)) in zip(axes.flat, panels.items(), strict=True):
                 axis.set(title=title, xlabel="epoch")
                 points = [(e["epoch"] + 1, e[key]) for e in epochs if e.get(key) is not None]
                 if points and method in (None, config["method"]):
                     axis.plot(*zip(*points, strict=True), color=colour, alpha=0.8, linestyle="-" if config["method"] == "grpo_rm" else "--")
         axes[1, 1].set_yscale("log")
-        handles = [plt.Line2D([], [], color=colour, label=label) for label, colour in colours.items()]
+        handles = [plt.Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False)
         figure.suptitle(f"{dataset}: every line is one seed; fine-tuning dashed")
         figures.mkdir(parents=True, exist_ok=True)
@@ -139,10 +143,11 @@ def draw_curves(root: Path, figures: Path) -> list[Path]:
 @stage
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(__doc__)
+    parser.usage = "%(prog)s RUNS_DIR [--figures DIR]"
     parser.add_argument("runs", metavar="RUNS_DIR", type=Path, help="directory that holds the runs, at any depth")
     parser.add_argument("--figures", metavar="DIR", type=Path, help="draw the training curves into this directory")
     args = parser.parse_args(argv)
-    print(table(find_runs(args.runs)))
+    print(table(find_runs(args.runs), args.runs))
     if args.figures:
         for path in draw_curves(args.runs, args.figures):
             print(f"wrote {path}")

@@ -15,7 +15,7 @@ Where this departs from the paper: --ratio-floor is 0.1 (the paper's is 0), beca
 import torch
 import torch.distributed as dist
 
-from data import ArgumentParser, EvalLoader, TrainLoader, add_data_arguments, fraction, number, stage
+from data import ArgumentParser, EvalLoader, TrainLoader, add_data_arguments, fraction, stage
 from grpo_rm import (
     ClassificationHead,
     Policy,

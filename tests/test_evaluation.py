@@ -144,7 +144,7 @@ def fake_run(root, dataset, method, seed, sr, knn=None, **config):
 
 
 def rows(root):
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in report.table(report.find_runs(root)).splitlines()[2:]]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in report.table(report.find_runs(root), root).splitlines()[2:]]
 
 
 def test_report_means_and_deviations(tmp_path):

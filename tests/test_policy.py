@@ -106,7 +106,7 @@ def test_a_failed_download_is_one_line(monkeypatch):
         raise OSError("<urlopen error unreachable>")
 
     monkeypatch.setattr(torch.hub, "load", load)
-    with pytest.raises(InputError, match="--hub-repo DIR .* and --weights FILE"):
+    with pytest.raises(InputError, match=r"--hub-repo DIR .* and --weights FILE"):
         load_backbone("dinov2_vits14")
 
 

@@ -1,6 +1,7 @@
 """Algorithm 1: the old policy, the schedule, processes and pieces, checkpoints and resuming."""
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -132,7 +133,7 @@ def test_learning_rate():
     rates = [learning_rate(step, 100, 10, 1.0, 0.01) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert rates[10] == 1.0 and rates[99] == pytest.approx(0.01)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     assert learning_rate(54, 100, 10, 1.0, 0.0) == pytest.approx((1 + math.cos(math.pi * 44 / 89)) / 2)
     assert learning_rate(0, 1, 0, 1.0, 0.01) == 1.0
 
