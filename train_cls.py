@@ -33,20 +33,6 @@ from grpo_rm import (
 def parse_args(argv: list[str] | None):
     parser = ArgumentParser(__doc__)
     add_data_arguments(parser)
-    # fmt: off  (one flag a line)
-    parser.add_argument(
-        "--train-fraction",
-        type=number(0, 1, open_low=True),
-        default=1.0,
-        help="random share of the training set, the same for both methods",
-    )
-    parser.add_argument(
-        "--augment",
-        choices=["default", "none"],
-        default="default",
-        help="default: crop after zero padding and flip; ImageNet: random resized crop and flip",
-    )
-    # fmt: on
     add_model_arguments(parser)
     add_training_arguments(parser, lr=1e-3, lr_end=1e-5, batch_size=1024)
     return parser.parse_args(argv)
