@@ -20,13 +20,19 @@ from tqdm import tqdm
 
 from data import Diverged, InputError, first_line
 
-# Arguments that may differ between a checkpoint and the run that resumes it: they do not change the mathematics.
-FREE_ARGUMENTS = {
-    "data_root", "download", "device", "workers", "output_dir", "resume", "checkpoint_minutes",
-    "eval_every", "log_every", "max_steps", "hub_repo", "weights", "grad_accum",
-}
+# What may differ between runs that are otherwise the same: it does not change the mathematics. A run may be resumed with
+# other values of these, and report.py averages over them.
+NEUTRAL = set(
+    "data_root download device workers output_dir resume checkpoint_minutes eval_every log_every max_steps hub_repo weights "
+    "grad_accum output git_commit torch_version device_name world_size".split()
+)
 
-UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError)  # what torch.load raises
+
+def check_writable(path: Path) -> None:
+    """InputError unless a file can be put at `path`, whose directory may not be there yet."""
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"cannot write {path}: {parent} is no directory that can be written to; choose another")
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -75,7 +81,7 @@ def load_state_dict_file(path: str | Path) -> dict[str, torch.Tensor]:
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns of odd pickles before it refuses them
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
+    except Exception as error:  # a damaged file makes torch.load raise almost anything
         reason = "not a file of plain tensors" if isinstance(error, pickle.UnpicklingError) else first_line(error)
         raise InputError(f"weights file {path} cannot be loaded ({reason}); give a state dict saved with torch.save") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
@@ -113,13 +119,16 @@ def config_beside(weights: str | None) -> dict:
         raise InputError(f"{path} is damaged ({first_line(error)}); restore or remove it") from error
 
 
-def write_result(args: argparse.Namespace, name: str, result: dict) -> None:
-    """Write an evaluation's result to args.output; default: the file `name` beside args.weights, or in the directory of
-    the frozen baseline. Prints the score."""
-    beside = Path(args.weights).parent if args.weights and args.method != "frozen" else Path(f"runs/{args.dataset}/frozen/seed{args.seed}")
-    path = Path(args.output) if args.output else beside / name
-    write_json(path, result)
-    print(f"{args.dataset} {args.method} seed {result['seed']}: top-1 {result['top1']:.2f} % of {result['val_images']} images -> {path}")
+def result_path(args: argparse.Namespace, name: str) -> Path:
+    """Where an evaluation's result goes: args.output, else the file `name` beside the weights of a run on the same
+    dataset, or in the directory of the frozen baseline. Raises InputError where it cannot be written."""
+    run = config_beside(args.weights).get("dataset") == args.dataset
+    directory = Path(args.weights).parent if run else Path(f"runs/{args.dataset}/frozen/seed{args.seed or 0}")
+    path = Path(args.output) if args.output else directory / name
+    if not args.output and config_beside(args.weights) and not run:
+        raise InputError(f"--weights {args.weights} come from a run on another dataset; name the result's file with --output")
+    check_writable(path)
+    return path
 
 
 def environment(world) -> dict:
@@ -166,7 +175,7 @@ class Meter:
 def means(sums: dict[str, float]) -> dict[str, float]:
     """Sums over samples -> means; "max_ratio" stays what it is."""
     samples = max(sums["samples"], 1)
-    return {k: v if k == "max_ratio" else v / samples for k, v in sums.items() if k not in ("samples", "images")}
+    return {k: v if k == "max_ratio" else v / samples for k, v in sums.items() if k not in ("samples", "images", "seconds")}
 
 
 class Run:
@@ -182,7 +191,7 @@ class Run:
         self.directory = Path(args.output_dir)
         self.newest, self.previous = (self.directory / name for name in ("checkpoint.pt", "checkpoint_previous.pt"))
         self.window, self.epoch_sums, self.warned = Meter(), {}, False
-        self.window_started = self.epoch_started = self.saved = time.monotonic()
+        self.window_started = self.saved = time.monotonic()
         self.bar = tqdm(total=steps_per_epoch, leave=False, disable=None if world.rank == 0 else True)
 
     def start(self) -> int:
@@ -190,19 +199,28 @@ class Run:
         drop the log's lines from after that checkpoint. Returns the step to go on from. Raises InputError."""
         if not self.args.resume and (self.newest.exists() or self.previous.exists()):
             raise InputError(f"--output-dir {self.directory} already holds a run; add --resume to go on with it, or choose another")
+        check_writable(self.newest)
         step = 0
         if self.args.resume and (state := self._newest_state()):
-            for name, part in self.parts.items():
-                if part is not None:
-                    part.load_state_dict(state[name])
-            step, self.epoch_sums = state["step"], state["epoch_sums"]
+            try:
+                for name, part in self.parts.items():
+                    if part is not None:
+                        part.load_state_dict(state[name])
+                step, self.epoch_sums = state["step"], state["epoch_sums"]
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise InputError(f"--resume: the checkpoint in {self.directory} is not of this network ({first_line(error)}); have the classes or the backbone changed?") from error
             self.say(f"resuming {self.directory} at step {step}")
+        if dist.is_initialized():
+            steps = torch.tensor([step, -step], device=self.world.device)
+            dist.all_reduce(steps, op=dist.ReduceOp.MAX)
+            if steps.sum() != 0:
+                raise InputError(f"--resume: the processes find different checkpoints in {self.directory}; it must be the same directory on all nodes")
         if self.world.rank == 0:
             write_json(self.directory / "config.json", vars(self.args) | environment(self.world))
             kept = [event for event in read_log(self.directory / "log.jsonl") if event["step"] <= step] if step else []
             text = "".join(to_json(event) + "\n" for event in kept)
             write_atomically(self.directory / "log.jsonl", lambda file: file.write_text(text))
-        self.window_started = self.epoch_started = self.saved = time.monotonic()
+        self.window_started = self.saved = time.monotonic()
         return step
 
     def _newest_state(self) -> dict | None:
@@ -212,13 +230,13 @@ class Run:
                 state = torch.load(path, map_location="cpu", weights_only=True)
             except FileNotFoundError:
                 continue
-            except UNREADABLE as error:
+            except Exception as error:  # a damaged file makes torch.load raise almost anything
                 broken = broken or path
                 self.say(f"warning: {path} does not load ({first_line(error)}); looking for the one before it")
                 continue
             for name, value in vars(self.args).items():
                 before = state["args"].get(name)
-                if name not in FREE_ARGUMENTS and value != before:
+                if name not in NEUTRAL and value != before:
                     flag = "--" + name.replace("_", "-")
                     raise InputError(f"--resume: {flag} is {value}, but {before} in {self.directory}; give the same or another --output-dir")
             return state
@@ -244,16 +262,17 @@ class Run:
         if not self.window.sums:
             return
         sums = self.window.read()
+        sums["seconds"] = time.monotonic() - self.window_started
         self.epoch_sums = {
-            k: max(self.epoch_sums.get(k, 0.0), v) if k == "max_ratio" else self.epoch_sums.get(k, 0.0) + v
-            for k, v in sums.items()
+            k: max(self.epoch_sums.get(k, 0.0), v) if k == "max_ratio" else self.epoch_sums.get(k, 0.0) + v for k, v in sums.items()
         }
-        now, values = time.monotonic(), means(sums)
-        self._log("step", step, values | {"lr": lr, "images_per_s": sums["images"] / (now - self.window_started)})
-        self.window_started = now
+        values = means(sums)
+        self._log("step", step, values | {"lr": lr, "images_per_s": sums["images"] / sums["seconds"]})
+        self.window_started = time.monotonic()
         self.bar.set_postfix_str(f"loss {values['loss']:.4g}", refresh=False)
-        if not math.isfinite(values["loss"]):
-            raise Diverged(f"the loss is {values['loss']} at step {step}; try a lower --lr, --warmup-epochs or --max-grad-norm")
+        for name in ("loss",) if self.args.amp == "fp16" else ("loss", "grad_norm"):  # fp16's scaler skips steps that overflow
+            if not math.isfinite(values[name]):
+                raise Diverged(f"{name} is {values[name]} at step {step}; try a lower --lr, --warmup-epochs or --max-grad-norm")
         if values.get("max_ratio", 0) > 1e4 and not self.warned:
             self.warned = True
             self.say(
@@ -261,13 +280,13 @@ class Run:
                 "swamp the update; try --ratio-floor 0.1 or 1, --group-weighting policy, or a lower --lr"
             )
 
-    def end_epoch(self, step: int, lr: float, metrics: dict[str, float]) -> None:
-        """Write the epoch's log line, `metrics` in it, and print its summary."""
+    def end_epoch(self, step: int, lr: float, validate: Callable[[], dict[str, float]] | None) -> None:
+        """Write the epoch's log line, with what `validate` measures, and print its summary."""
         self._flush(step, lr)
-        now, values = time.monotonic(), means(self.epoch_sums) | metrics
-        rate = self.epoch_sums["images"] / (now - self.epoch_started)
+        metrics = validate() if validate else {}
+        values, rate = means(self.epoch_sums) | metrics, self.epoch_sums["images"] / self.epoch_sums["seconds"]
         self._log("epoch", step, values | {"lr": lr, "images_per_s": rate})
-        self.epoch_sums, self.epoch_started, self.window_started = {}, now, now
+        self.epoch_sums, self.window_started = {}, time.monotonic()
         parts = [f"epoch {step // self.steps_per_epoch}/{self.args.epochs}", f"loss {values['loss']:.4f}"]
         parts += [f"accuracy {100 * values['accuracy']:.2f} %"]
         if "max_ratio" in values:

@@ -1,4 +1,4 @@
-"""Datasets, transforms and loaders: everything that depends on samples.
+"""Datasets, transforms and loaders: everything that depends on samples; and how every stage answers bad input.
 
 Every classification set becomes two `Split`s (train, val). A loader turns a split into batches in three stages:
 
@@ -92,7 +92,7 @@ def stage(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | Non
         try:
             main(argv)
         except (InputError, Diverged) as error:
-            rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+            rank = f" [rank {os.environ.get('RANK', 0)}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
             print(f"{Path(sys.argv[0]).name}: error:{rank} {error}", file=sys.stderr)
             raise SystemExit(2 if isinstance(error, InputError) else 1) from None
         if torch.distributed.is_initialized():
@@ -162,7 +162,10 @@ def load_splits(name: str, root: str | None, *, download: bool = False) -> tuple
     if not root.is_dir():
         if not download:
             raise InputError(f"--data-root {root}: no such directory; name the one that holds {name}, or add --download")
-        root.mkdir(parents=True)
+        try:
+            root.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(f"--data-root {root} cannot be created ({first_line(error)}); choose another directory") from error
     if name in ("cifar10", "cifar100", "stl10"):
         return _torchvision_splits(name, root, download)
     if name == "tiny_imagenet":
@@ -198,7 +201,7 @@ def _torchvision_splits(name: str, root: Path, download: bool) -> tuple[Split, S
 def _tiny_imagenet_splits(root: Path, download: bool) -> tuple[Split, Split]:
     """Tiny-ImageNet in its official layout; classes in the order of wnids.txt."""
     home = root / "tiny-imagenet-200"
-    remedy = f"add --download, or unpack tiny-imagenet-200.zip into {root} again"
+    remedy = f"remove what is there and add --download, or unpack tiny-imagenet-200.zip into {root} again"
     if download and not home.is_dir():
         url = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
         try:
@@ -211,7 +214,9 @@ def _tiny_imagenet_splits(root: Path, download: bool) -> tuple[Split, Split]:
 
     classes = (home / "wnids.txt").read_text().split()
     train_files = {wnid: _image_files(home / "train" / wnid / "images") for wnid in classes}
-    full = max(map(len, train_files.values()))
+    full = max(map(len, train_files.values()), default=0)
+    if not full:
+        raise InputError(f"tiny_imagenet: {home} lists no class or holds no training image; {remedy}")
     for wnid, files in train_files.items():  # every class has as many images as any other, unless unpacking was cut off
         if len(files) < full:
             raise InputError(f"tiny_imagenet: train/{wnid}/images has {len(files)} images, other classes {full}; {remedy}")
@@ -221,8 +226,8 @@ def _tiny_imagenet_splits(root: Path, download: bool) -> tuple[Split, Split]:
     for row in rows:
         if len(row) < 2 or row[0] not in names or row[1] not in train_files:
             raise InputError(f"tiny_imagenet: val/val_annotations.txt lists {row[0]}, which is not there; {remedy}")
-    if not rows:
-        raise InputError(f"tiny_imagenet: val/val_annotations.txt is empty; {remedy}")
+    if not rows or len(rows) < len(names):
+        raise InputError(f"tiny_imagenet: val/val_annotations.txt lists {len(rows)} of {len(names)} images; {remedy}")
     index = {wnid: i for i, wnid in enumerate(classes)}
     train = [(file, index[wnid]) for wnid, files in train_files.items() for file in files]
     val = [(str(home / "val" / "images" / file), index[wnid]) for file, wnid in rows]
@@ -284,16 +289,19 @@ def _image_files(folder: Path) -> list[str]:
 
 def _file_split(classes: list[str], samples: list[tuple[str, int]]) -> Split:
     files = np.array([file for file, _ in samples])  # one array: a list of strings would be copied into every worker
+    return Split(classes, torch.tensor([label for _, label in samples]), lambda i: read_image(str(files[i])))
 
-    def read(i: int) -> Image.Image:
-        try:
-            with Image.open(files[i]) as image:
-                return image.convert("RGB")  # grey and palette images too
-        except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = first_line(error).replace(f" {str(files[i])!r}", "")
-            raise InputError(f"image {files[i]} cannot be read ({reason}); replace or remove it") from error
 
-    return Split(classes, torch.tensor([label for _, label in samples]), read)
+def read_image(file: str) -> Image.Image:
+    """The image in `file` as RGB, also where it is grey or has a palette. Raises InputError naming the file."""
+    try:
+        with Image.open(file) as image:
+            if image.mode.startswith("I;16"):  # Pillow would cut 16 bits off at 255 instead of scaling them
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert("RGB")
+    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = first_line(error).replace(f" {file!r}", "")
+        raise InputError(f"image {file} cannot be read ({reason}); replace or remove it") from error
 
 
 def limit(split: Split, count: int | None) -> Split:
@@ -376,9 +384,17 @@ def draw_shapes_split(count: int, seed: int) -> Split:
 # From samples to batches
 
 
-def random_generator(*key: int) -> torch.Generator:
-    """A generator whose stream is a function of `key`, whatever was drawn elsewhere."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+ORDER, AUGMENT, CROP, HEAD = range(4)  # what a stream of random numbers is for
+
+
+def stream_seed(purpose: int, *key: int) -> int:
+    """The seed of the stream of random numbers that belongs to `purpose` and `key`, whatever was drawn elsewhere."""
+    return int(np.random.SeedSequence((purpose, *key)).generate_state(1)[0])
+
+
+def random_generator(purpose: int, *key: int) -> torch.Generator:
+    """A generator at the start of that stream."""
+    return torch.Generator().manual_seed(stream_seed(purpose, *key))
 
 
 def square(image: Image.Image, side: int, margin: float = 1.0) -> np.ndarray:
@@ -414,36 +430,33 @@ class _Pixels:
                 list(tqdm(jobs, "decode", len(split), disable=None if world.rank == 0 else True, leave=False, unit=" images"))
             self.resident = pixels.to(self.device)
 
-    def _decode(self, index: int, seed: int | None = None) -> np.ndarray:
+    def _decode(self, index: int, crop_key: tuple[int, ...] = ()) -> np.ndarray:
         image = self.split.read(index)
-        if self.resized_crop is None or seed is None:
+        if self.resized_crop is None:
             return square(image, self.side, self.margin)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(stream_seed(CROP, *crop_key, index))
             return np.asarray(self.resized_crop(image))
 
-    def __getitem__(self, key: tuple[int, int | None]) -> np.ndarray | InputError:
-        try:
-            return self._decode(*key)
-        except InputError as error:  # handed over as a value: the DataLoader would wrap it into a traceback
-            return error
-
-    def fetch(self, batches: list[torch.Tensor], seed: int | None = None) -> Iterator[torch.Tensor]:
+    def fetch(self, batches: list[torch.Tensor], crop_key: tuple[int, ...] = ()) -> Iterator[torch.Tensor]:
         if self.resident is not None:
             for indices in batches:
                 yield self.resident[indices.to(self.device)]
             return
 
-        def keys(indices: torch.Tensor) -> list[tuple[int, int | None]]:
-            return [(i, None if seed is None else int(np.random.SeedSequence((seed, i)).generate_state(1)[0])) for i in indices.tolist()]
+        def load(indices: list[int]) -> torch.Tensor | InputError:
+            try:
+                return torch.from_numpy(np.stack([self._decode(i, crop_key) for i in indices]))
+            except InputError as error:  # handed over as a value: the DataLoader would wrap it into a traceback
+                return error
 
-        def collate(samples: list) -> torch.Tensor | InputError:
-            failed = [sample for sample in samples if isinstance(sample, InputError)]
-            return failed[0] if failed else torch.from_numpy(np.stack(samples))
-
-        pin = self.device.type == "cuda"
         for pixels in DataLoader(
-            self, batch_sampler=[keys(b) for b in batches], collate_fn=collate, num_workers=self.workers, pin_memory=pin
+            [indices.tolist() for indices in batches],
+            batch_size=None,
+            collate_fn=load,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            multiprocessing_context="fork" if self.workers else None,  # other ways cannot hand over a Split's functions
         ):
             if isinstance(pixels, InputError):
                 raise pixels
@@ -466,8 +479,14 @@ def to_input(pixels: torch.Tensor, image_size: int) -> torch.Tensor:
     """(B, S, S, 3) uint8 -> (B, 3, image_size, image_size) float32: bicubic (antialiased), ImageNet mean and std."""
     images = pixels.permute(0, 3, 1, 2)  # (B, 3, S, S), channels last in memory
     images = v2.functional.resize(images, [image_size] * 2, InterpolationMode.BICUBIC, antialias=True)
-    mean, std = (255 * torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = _mean_and_std(pixels.device)
     return images.float().sub_(mean).div_(std).contiguous()
+
+
+@functools.cache
+def _mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(3, 1, 1) each, of bytes; made once, for a copy to a GPU waits for it."""
+    return tuple(255 * torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
 
 
 class TrainLoader:
@@ -493,17 +512,16 @@ class TrainLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The batches of `epoch`, from number `start` on."""
-        order = torch.randperm(len(self.targets), generator=random_generator(self.seed, epoch))
+        order = torch.randperm(len(self.targets), generator=random_generator(ORDER, self.seed, epoch))
         batches = order.split(self.batch_size)[start:]
         runs = [torch.arange(len(batch)).tensor_split(self.world.size)[self.world.rank] for batch in batches]
         mine = [batch[run if len(run) else slice(1)] for batch, run in zip(batches, runs, strict=True)]
-        crop_seed = int(np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0])
-        for step, pixels in enumerate(self.pixels.fetch(mine, crop_seed)):
+        for step, pixels in enumerate(self.pixels.fetch(mine, crop_key=(self.seed, epoch))):
             run, targets = runs[step], self.targets[mine[step]]
             if not len(run):
                 run, targets = torch.arange(1), torch.full_like(targets, IGNORE)
             if self.augment:
-                pixels = self._augment(pixels, run, len(batches[step]), random_generator(self.seed, epoch, start + step))
+                pixels = self._augment(pixels, run, len(batches[step]), random_generator(AUGMENT, self.seed, epoch, start + step))
             yield to_input(pixels, self.image_size), targets.to(self.world.device)
 
     def _augment(self, pixels: torch.Tensor, run: torch.Tensor, total: int, generator: torch.Generator) -> torch.Tensor:

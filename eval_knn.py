@@ -5,15 +5,15 @@
     torchrun --nproc_per_node=4 eval_knn.py --dataset imagenet --weights FILE
 
 Neighbours are sought by cosine similarity among the training split's class tokens, in blocks: 3 or 1.3 million of them
-fit. Writes top-1 in percent to --output: eval_knn.json beside the weights, or in runs/<dataset>/frozen/seed<seed>.
+fit. Writes top-1 in percent to --output: eval_knn.json beside the weights of a run, or in runs/<dataset>/frozen/seed<seed>.
 """
 
 import torch
 import torch.nn.functional as F
 
-from checkpoint import write_result
+from checkpoint import result_path
 from data import ArgumentParser, add_data_arguments, number, stage
-from grpo_rm import add_evaluation_arguments, add_model_arguments, evaluation_result, frozen_features, init_world
+from grpo_rm import add_evaluation_arguments, add_model_arguments, frozen_features, init_world, write_result
 
 BLOCK = 2**26  # similarities held at once: 256 MiB
 
@@ -31,7 +31,7 @@ def knn_predict(
 
     Similarity is the cosine; every neighbour has one vote, and a tie goes to the class whose votes have the larger
     summed similarity. With fewer than k training features all of them vote. `chunk` test features are compared at a
-    time, with as many training features as BLOCK allows; neither changes the result. Raises ValueError when there is
+    time, with as many training features as BLOCK allows; neither matters but for which of equally near ones is taken. Raises ValueError when there is
     no training feature.
     """
     if not len(train_features):
@@ -67,13 +67,14 @@ def parse_args(argv: list[str] | None):
 @stage
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    path = result_path(args, "eval_knn.json")
     world = init_world(args.device)
     train, val, classes = frozen_features(args, world)
     if world.rank != 0:
         return
     predictions = knn_predict(*train, val[0], num_classes=len(classes), k=args.k)
     top1 = 100 * (predictions == val[1]).double().mean().item()
-    write_result(args, "eval_knn.json", evaluation_result(args, train, val) | {"top1": round(top1, 4)})
+    write_result(path, args, train, val, top1)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 
 The features are extracted once, without augmentation; then one linear layer is trained on those of the training split
 as in the paper (Adam, 50 epochs, 1e-3 * m/256 falling to 1e-5 * m/256) and scored, once, on the validation split.
-Writes top-1 in percent to --output: eval_linear.json beside the weights, or in runs/<dataset>/frozen/seed<seed>.
+Writes top-1 in percent to --output: eval_linear.json beside the weights of a run, or in runs/<dataset>/frozen/seed<seed>.
 """
 
 import torch
@@ -14,15 +14,16 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import trange
 
-from checkpoint import write_result
-from data import ArgumentParser, add_data_arguments, number, random_generator, stage
+from checkpoint import result_path
+from data import HEAD, ArgumentParser, add_data_arguments, number, random_generator, stage
 from grpo_rm import (
     add_evaluation_arguments,
     add_model_arguments,
-    evaluation_result,
     frozen_features,
     init_world,
     learning_rate,
+    resolve_learning_rate,
+    write_result,
 )
 
 
@@ -39,7 +40,7 @@ def fit_softmax_regression(
 ) -> nn.Linear:
     """One linear layer trained with cross-entropy by Adam on features (n, D) and targets (n,), on their device. Batches
     and first weights are a function of `seed`; the rate falls from lr to lr_end on a cosine."""
-    generator = random_generator(seed)
+    generator = random_generator(HEAD, seed)
     layer = nn.Linear(features.shape[1], num_classes)
     nn.init.normal_(layer.weight, std=0.01, generator=generator)
     nn.init.zeros_(layer.bias)
@@ -66,23 +67,23 @@ def parse_args(argv: list[str] | None):
     parser.add_argument("--lr", type=number(0, open_low=True), help="first learning rate; default: the paper's 1e-3 * m/256")
     parser.add_argument("--lr-end", type=number(0), help="last learning rate; default: the paper's 1e-5 * m/256")
     args = parser.parse_args(argv)
-    args.lr = args.lr or 1e-3 * args.batch_size / 256
-    args.lr_end = min(args.lr, 1e-5 * args.batch_size / 256) if args.lr_end is None else args.lr_end
+    resolve_learning_rate(args, lr=1e-3, lr_end=1e-5)
     return args
 
 
 @stage
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    path = result_path(args, "eval_linear.json")
     world = init_world(args.device)
     train, val, classes = frozen_features(args, world)
     if world.rank != 0:
         return
-    recipe = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "lr_end": args.lr_end, "seed": args.seed}
+    recipe = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "lr_end": args.lr_end, "seed": args.fit_seed}
     layer = fit_softmax_regression(*train, len(classes), **recipe)
     with torch.no_grad():
         top1 = 100 * (layer(val[0]).argmax(1) == val[1]).double().mean().item()
-    write_result(args, "eval_linear.json", evaluation_result(args, train, val) | {"top1": round(top1, 4)})
+    write_result(path, args, train, val, top1)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import VisionTransformer
 from tqdm import tqdm
 
-from checkpoint import Meter, Run, config_beside, load_strictly
+from checkpoint import NEUTRAL, Meter, Run, config_beside, load_strictly, write_json
 from data import IGNORE, PROTOCOLS, ArgumentParser, EvalLoader, InputError, Split, first_line, limit, load_splits, number
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -122,12 +123,16 @@ def grpo_rm_loss(
 
     Raises ValueError for shapes that do not belong together, fewer than two outputs, or an unknown option.
     """
+    fit = logits.dim() in (2, 4) and logits.shape == old_logits.shape and targets.shape == logits.shape[:1] + logits.shape[2:]
+    if not fit or logits.shape[1] < 2:
+        shapes = [tuple(tensor.shape) for tensor in (logits, old_logits, targets)]
+        raise ValueError(
+            "logits, old_logits, targets must be (N, G), (N, G), (N,) or (B, G, H, W), (B, G, H, W), (B, H, W), "
+            "with G >= 2; got {}, {}, {}".format(*shapes)
+        )
     if logits.dim() == 4:
         logits, old_logits = (maps.movedim(1, -1).flatten(0, 2) for maps in (logits, old_logits))  # (N, G)
         targets = targets.flatten()
-    if logits.shape != old_logits.shape or logits.dim() != 2 or targets.shape != logits.shape[:1] or logits.shape[1] < 2:
-        shapes = [tuple(tensor.shape) for tensor in (logits, old_logits, targets)]
-        raise ValueError("logits, old_logits, targets must be (N, G), (N, G), (N,) with G >= 2; got {}, {}, {}".format(*shapes))
     if weighting not in ("uniform", "policy"):
         raise ValueError(f"weighting {weighting!r}: choose uniform or policy")
     N, G = logits.shape
@@ -146,7 +151,7 @@ def grpo_rm_loss(
     advantages = group_advantages(rewards, q if weighting == "policy" else None)  # (N, G)
 
     # A difference of logarithms, never a quotient of probabilities; the clamp only keeps exp finite.
-    log_reference = torch.logaddexp(log_q, log_q.new_tensor(ratio_floor / G).log()) if ratio_floor else log_q
+    log_reference = torch.logaddexp(log_q, torch.full_like(log_q[:1], math.log(ratio_floor / G))) if ratio_floor else log_q
     ratio = (log_p - log_reference).clamp(max=80).exp()  # (N, G)
     weighted = (q if weighting == "policy" else 1 / G) * advantages  # g_i A_i first: rho A alone could overflow
     objective = torch.minimum(ratio * weighted, ratio.clamp(1 - clip_eps, 1 + clip_eps) * weighted).sum(1)  # (N,)
@@ -198,6 +203,7 @@ class VitTiny(nn.Module):
         norm = functools.partial(nn.LayerNorm, eps=1e-6)
         self.vit = VisionTransformer(70, self.patch_size, 4, 3, self.embed_dim, 4 * self.embed_dim, norm_layer=norm)
         self.vit.heads = nn.Identity()
+        torch.backends.mha.set_fastpath_enabled(False)  # without gradients it would take other kernels: rho = 1 needs the same
 
     def _position_embedding(self, h: int, w: int) -> torch.Tensor:
         embedding = self.vit.encoder.pos_embedding  # (1, 1 + side * side, D)
@@ -247,8 +253,10 @@ def load_backbone(name: str, *, hub_repo: str | None = None, weights: str | None
         weights: file with a state dict; all names and shapes must match. Without it a GitHub repository's own
             pre-trained weights are downloaded; a local directory holds code only and gives random weights.
 
-    Returns a module with `forward_features`, `embed_dim` (D) and `patch_size`; in training mode, all parameters but
-    the unused `mask_token` trainable. Raises InputError, in one line, for anything that cannot be loaded.
+    Returns a module with `forward_features`, `embed_dim` (D) and `patch_size`, all its parameters but the unused
+    `mask_token` trainable. It is in evaluation mode and stays there: DINOv2 does the same in both, and a backbone with
+    dropout or random scales would give the policy and the old policy different noise, so that rho = 1 never held.
+    Raises InputError, in one line, for anything that cannot be loaded.
     """
     if name == "vit_tiny":
         backbone = VitTiny()
@@ -262,7 +270,7 @@ def load_backbone(name: str, *, hub_repo: str | None = None, weights: str | None
     for parameter_name, parameter in backbone.named_parameters():
         # Never part of our forward pass: DDP would stop at a parameter that gets no gradient.
         parameter.requires_grad_(not parameter_name.endswith("mask_token"))
-    return backbone.train()
+    return backbone.eval()
 
 
 def _load_from_hub(name: str, hub_repo: str, *, pretrained: bool) -> nn.Module:
@@ -283,11 +291,14 @@ def _load_from_hub(name: str, hub_repo: str, *, pretrained: bool) -> nn.Module:
                 verbose=False,
                 pretrained=pretrained and not local,
             )
-    except (OSError, RuntimeError, ImportError, ValueError) as error:
+    except Exception as error:  # code of others, which may raise anything
         raise InputError(
             f"--backbone {name} from {hub_repo} cannot be loaded ({first_line(error)}); without a network give "
             f"--hub-repo DIR (a copy of the repository) and --weights FILE"
         ) from error
+    missing = [name for name in ("forward_features", "embed_dim", "patch_size") if not hasattr(backbone, name)]
+    if missing:
+        raise InputError(f"--backbone {name} from {hub_repo} has no {missing[0]}; it must have DINOv2's interface")
     return backbone
 
 
@@ -355,7 +366,8 @@ def init_world(device: str = "auto") -> World:
     if cuda:
         torch.cuda.set_device(device)
     if size > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device if cuda else None)
     return World(rank, local_rank, size, device)
 
 
@@ -414,26 +426,26 @@ def training_step(model, old_policy, optimizer, scaler, images, targets, args, w
     rank's samples (float64 scalars), their number as "samples", and the largest "max_ratio".
     """
     total = (targets != IGNORE).sum()
-    sums = {"images": total.new_tensor(len(images), dtype=torch.float64)}
+    sums = {"images": torch.full((), len(images), dtype=torch.float64, device=world.device)}
     if world.size > 1:
         dist.all_reduce(total)
     meter = Meter()
     pieces = zip(images.tensor_split(args.grad_accum), targets.tensor_split(args.grad_accum), strict=True)
     pieces = [piece for piece in pieces if len(piece[0])]
-    for number_of_piece, (images, targets) in enumerate(pieces, 1):
-        wait = world.size > 1 and number_of_piece < len(pieces)  # the ranks' gradients are summed with the last piece
+    for i, (x, y) in enumerate(pieces, 1):
+        wait = world.size > 1 and i < len(pieces)  # the ranks' gradients are summed with the last piece
         with model.no_sync() if wait else contextlib.nullcontext():
             with autocast(args.amp, world.device):
-                logits = model(images)  # pi(y|x), (B, G)
+                logits = model(x)  # pi(y|x), (B, G)
             if old_policy is None:
-                loss, stats = cross_entropy_loss(logits, targets, ignore_index=IGNORE)
+                loss, stats = cross_entropy_loss(logits, y, ignore_index=IGNORE)
             else:
                 with torch.no_grad(), autocast(args.amp, world.device):
-                    old_logits = old_policy(images)  # line 5: pi_old(y|x), (B, G)
+                    old_logits = old_policy(x)  # line 5: pi_old(y|x), (B, G)
                 loss, stats = grpo_rm_loss(  # lines 6 to 8
                     logits,
                     old_logits,
-                    targets,
+                    y,
                     clip_eps=args.clip_eps,
                     uniformity=args.uniformity,
                     accuracy_weight=args.accuracy_weight,
@@ -442,8 +454,8 @@ def training_step(model, old_policy, optimizer, scaler, images, targets, args, w
                     ratio_floor=args.ratio_floor,
                     ignore_index=IGNORE,
                 )
-            samples = (targets != IGNORE).sum()
-            share = samples / total * world.size  # times their number, for DDP averages over the ranks
+            samples = (y != IGNORE).sum()
+            share = samples / total.clamp(min=1) * world.size  # times their number, for DDP averages over the ranks
             scaler.scale(loss * share).backward()
         meter.add({k: v.double() if k == "max_ratio" else samples * v.double() for k, v in stats.items()})
         meter.add({"samples": samples.double()})
@@ -486,7 +498,9 @@ def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args
     if args.method == "grpo_rm" and args.ratio_floor:
         run.say(f"ratio floor {args.ratio_floor:g}: rho = p / (q + {args.ratio_floor:g}/c); Eq. (1) to the letter is --ratio-floor 0", file=sys.stdout)
 
-    for epoch in range(step // steps_per_epoch, math.ceil(last_step / steps_per_epoch)):  # line 2
+    for epoch in range(step // steps_per_epoch, args.epochs):  # line 2
+        if step >= last_step:
+            break
         batches = loader.epoch(epoch, start=step % steps_per_epoch)
         for images, targets in itertools.islice(batches, last_step - step):  # line 4
             if old_policy is not None and step % refresh_every == 0:
@@ -498,11 +512,11 @@ def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args
             step += 1
             run.record(step, lr, stats)
         if step % steps_per_epoch == 0:
-            last = epoch + 1 == args.epochs
-            run.end_epoch(step, lr, validate() if last or (epoch + 1) % args.eval_every == 0 else {})
+            due = epoch + 1 == args.epochs or (epoch + 1) % args.eval_every == 0
+            run.end_epoch(step, lr, validate if due else None)
         run.save(step, lr)
-    run.export("backbone.pth", policy.backbone)
     run.export("head.pth", policy.head)
+    run.export("backbone.pth", policy.backbone)  # last: where it is, the run is whole
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -532,7 +546,8 @@ def frozen_features(args: argparse.Namespace, world: World) -> tuple[tuple, tupl
     there is one: method, seed, backbone, and the image size if the dataset is the same. Raises InputError."""
     config = config_beside(args.weights)
     args.method = config.get("method", "frozen")
-    args.seed = config.get("seed", 0) if args.seed is None else args.seed
+    args.fit_seed = next(seed for seed in (args.seed, config.get("seed"), 0) if seed is not None)
+    args.seed = config.get("seed", args.fit_seed)
     args.backbone, args.hub_repo = args.backbone or config.get("backbone"), args.hub_repo or config.get("hub_repo")
     if not args.image_size and config.get("dataset") == args.dataset:
         args.image_size = config["image_size"]
@@ -545,10 +560,12 @@ def frozen_features(args: argparse.Namespace, world: World) -> tuple[tuple, tupl
     return features[0], features[1], train_split.classes
 
 
-def evaluation_result(args: argparse.Namespace, train: tuple, val: tuple) -> dict:
-    """What every result file says beside its scores: which weights, which data, and all settings."""
-    settings = {k: v for k, v in vars(args).items() if k not in ("output", "download", "device", "workers", "data_root")}
-    return settings | {"train_images": len(train[1]), "val_images": len(val[1])}
+def write_result(path: Path, args: argparse.Namespace, train: tuple, val: tuple, top1: float) -> None:
+    """Write an evaluation's result: the score, which weights, which data, and all settings. Prints the score."""
+    settings = {k: v for k, v in vars(args).items() if k not in NEUTRAL or k in ("weights", "hub_repo")}
+    result = settings | {"train_images": len(train[1]), "val_images": len(val[1]), "top1": round(top1, 4)}
+    write_json(path, result)
+    print(f"{args.dataset} {args.method} seed {args.seed}: top-1 {top1:.2f} % of {len(val[1])} images -> {path}")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -561,14 +578,15 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--backbone", help="dinov2_vit{s,b,l,g}14[_reg], vit_tiny, or any model of --hub-repo; default: dinov2_vits14 (the paper's), vit_tiny for shapes")
     group.add_argument("--hub-repo", help="owner/repo[:ref], or a local directory with the hub code (then weights come from --weights, else they are random); default: DINOv2 at a pinned commit")
     group.add_argument("--weights", help="state dict of the backbone to start from; every name and shape must match")
-    group.add_argument("--seed", type=number(0, kind=int), default=0, help="seed of weights, batches and augmentation; the paper has 5 runs")
+    group.add_argument("--seed", type=number(0, 2**32 - 1, kind=int), default=0, help="seed of weights, batches and augmentation; the paper has 5 runs")
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto is cuda where there is one")
     group.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision; auto is bf16 on GPUs that have it, else off")
     group.add_argument("--workers", type=number(0, kind=int), default=min(8, os.cpu_count() or 1), help="decoding threads or processes of each rank")
 
 
 def add_training_arguments(parser: ArgumentParser, *, lr: float, lr_end: float, batch_size: int) -> None:
-    """Objective, optimisation and files of a run: for both train stages. lr and lr_end are those of a batch of 256."""
+    """Objective, optimisation and files of a run: for a train stage whose paper's values are batch_size and, for a batch
+    of 256, lr and lr_end."""
     group = parser.add_argument_group("training data")
     group.add_argument("--train-fraction", type=number(0, 1, open_low=True), default=1.0, help="random share of the training set, the same for both methods")
     group.add_argument("--augment", choices=["default", "none"], default="default", help="default: crop after zero padding and flip; ImageNet: random resized crop and flip")
@@ -593,7 +611,6 @@ def add_training_arguments(parser: ArgumentParser, *, lr: float, lr_end: float, 
     group.add_argument("--warmup-epochs", type=number(0), default=0.0, help="linear warm-up; the paper has none")
     group.add_argument("--max-grad-norm", type=number(0, open_low=True), help="clip the gradient's norm; default: off, as in the paper")
     group.add_argument("--hidden-dim", type=number(1, kind=int), default=256, help="width of the head; the paper's is 256")
-    group.set_defaults(lr_rule=(lr, lr_end))
 
     group = parser.add_argument_group("run")
     group.add_argument("--output-dir", help="default: runs/<dataset>/<method>/seed<seed>")
@@ -608,29 +625,38 @@ def add_evaluation_arguments(parser: ArgumentParser) -> None:
     """For both evaluations of frozen features."""
     group = parser.add_argument_group("evaluation")
     group.add_argument("--batch-size", type=number(1, kind=int), default=1024, help="images in a forward pass; for the linear layer also its batch m")
-    group.add_argument("--output", metavar="FILE.json", help="default: beside the weights")
-    parser.set_defaults(seed=None)  # the seed of the run that is judged
+    group.add_argument("--output", metavar="FILE.json", help="default: beside the weights of a run, else in runs/<dataset>/frozen/seed<seed>")
+    parser.set_defaults(seed=None)  # that of the run that is judged
 
 
-def resolve_training_arguments(args: argparse.Namespace, world: World) -> None:
-    """Fill in the defaults that depend on other arguments, and refuse combinations that cannot work (InputError)."""
+def resolve_training_arguments(args: argparse.Namespace, world: World, *, lr: float, lr_end: float) -> None:
+    """Fill in the defaults that depend on other arguments, lr and lr_end being the paper's for a batch of 256, and refuse
+    combinations that cannot work (InputError)."""
     pieces = world.size * args.grad_accum
     if args.batch_size % pieces:
         raise InputError(f"--batch-size {args.batch_size} cannot be divided by {world.size} processes x --grad-accum {args.grad_accum}; take a multiple of {pieces}")
-    lr, lr_end = (rate * args.batch_size / 256 for rate in args.__dict__.pop("lr_rule"))
-    args.lr = lr if args.lr is None else args.lr
-    args.lr_end = min(lr_end, args.lr) if args.lr_end is None else args.lr_end
-    if args.lr_end > args.lr:
-        raise InputError(f"--lr-end {args.lr_end:g} is above --lr {args.lr:g}; the rate falls from the one to the other")
+    resolve_learning_rate(args, lr, lr_end)
+    if args.warmup_epochs >= args.epochs:
+        raise InputError(f"--warmup-epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}; take fewer")
     if args.method == "grpo_rm" and args.accuracy_weight == 0 and (args.uniformity == "none" or args.uniformity_weight == 0):
         raise InputError("--accuracy-weight 0 with no uniformity reward leaves nothing to learn; give one of them a weight")
     resolve_model_arguments(args, world)
     args.output_dir = args.output_dir or f"runs/{args.dataset}/{args.method}/seed{args.seed}"
 
 
+def resolve_learning_rate(args: argparse.Namespace, lr: float, lr_end: float) -> None:
+    """The paper's rule where nothing was given: lr * m/256 falling to lr_end * m/256, m the batch size."""
+    args.lr = args.lr or lr * args.batch_size / 256
+    args.lr_end = min(args.lr, lr_end * args.batch_size / 256) if args.lr_end is None else args.lr_end
+    if args.lr_end > args.lr:
+        raise InputError(f"--lr-end {args.lr_end:g} is above --lr {args.lr:g}; the rate falls from the one to the other")
+
+
 def resolve_model_arguments(args: argparse.Namespace, world: World) -> None:
     """Fill in the defaults that belong to the dataset and the device."""
+    args.device = world.device.type
     args.backbone = args.backbone or ("vit_tiny" if args.dataset.startswith("shapes") else "dinov2_vits14")
+    args.hub_repo = args.hub_repo or (HUB_REPO if args.backbone in DINOV2 else None)
     args.image_size = args.image_size or PROTOCOLS[args.dataset].image_size
     args.amp = resolve_amp(args.amp, world.device)
 

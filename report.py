@@ -12,7 +12,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from checkpoint import read_log
+from checkpoint import NEUTRAL, read_log
 from data import ArgumentParser, InputError, first_line, stage
 
 METHODS = {"frozen": "frozen", "finetune": "Fine-tuning", "grpo_rm": "GRPO-RM"}  # the paper calls the first DINOv2
@@ -28,10 +28,6 @@ PAPER = {  # Table 3: (mean, standard deviation) of softmax regression and of k-
     "imagenet": {"frozen": ((74.34,), (72.61,)), "finetune": ((74.48, 0.85), (71.33, 0.45)), "grpo_rm": ((76.21, 0.92), (72.16, 0.73))},
 }
 SCORES = {"SR": "eval_linear.json", "k-NN": "eval_knn.json"}
-# What runs of one row may differ in: the seed, and where their files lie.
-PLACES = {"seed", "weights", "output_dir", "output", "data_root", "download", "workers", "resume", "device", "git_commit", "hub_repo"}
-
-
 def read_json(path: Path) -> dict:
     """The object stored in `path`; {} where there is no such file. Raises InputError when it is damaged."""
     try:
@@ -41,34 +37,45 @@ def read_json(path: Path) -> dict:
 
 
 def find_runs(root: Path) -> list[dict]:
-    """Every directory below `root` that holds a result, as {"path", "dataset", "method", "seed", "settings", "scores"}."""
+    """Every directory in `root`, at any depth, that holds a result, as {"path", "dataset", "method", "seed", "settings",
+    "scores"}; settings are all that its files say and that changes the mathematics. Raises InputError."""
     if not root.is_dir():
         raise InputError(f"{root}: no such directory; name the one that holds the runs")
     runs = []
     for directory in sorted({path.parent for name in SCORES.values() for path in root.rglob(name)}):
-        results = {score: read_json(directory / name) for score, name in SCORES.items()}
-        first = next(result for result in results.values() if result)
-        settings = {f"config.{k}": v for k, v in read_json(directory / "config.json").items() if k not in PLACES}
-        for score, result in results.items():
-            settings |= {f"{score}.{k}": v for k, v in result.items() if k not in PLACES | {"top1"}}
-        run = {"path": directory, "settings": json.dumps(settings, sort_keys=True)}
-        run |= {key: first.get(key) for key in ("dataset", "method", "seed")}
-        runs.append(run | {"scores": {score: result["top1"] for score, result in results.items() if result}})
+        results = {score: read_json(directory / name) for score, name in SCORES.items() if (directory / name).exists()}
+        files = {"config": read_json(directory / "config.json")} | results
+        settings = {(file, k): v for file, values in files.items() for k, v in values.items() if k not in NEUTRAL | {"seed", "fit_seed", "top1"}}
+        first = next(iter(results.values()))
+        try:
+            run = {key: first[key] for key in ("dataset", "method", "seed")} | {"path": directory, "settings": settings}
+            runs.append(run | {"scores": {score: result["top1"] for score, result in results.items()}})
+        except KeyError as error:
+            raise InputError(f"{directory}: a result without {error}; remove it and run its stage again") from error
     if not runs:
         raise InputError(f"{root} holds no finished run (eval_linear.json, eval_knn.json); run run_all.sh or the eval scripts first")
     return runs
 
 
 def group_runs(runs: list[dict]) -> list[list[dict]]:
-    """Runs that may be averaged: same dataset, method and settings, different seeds."""
-    groups = defaultdict(list)
+    """Runs that may be averaged: same dataset and method, other seeds, and no setting that both have and that differs."""
+
+    def fits(run: dict, group: list[dict]) -> bool:
+        return all(
+            run["seed"] != other["seed"]
+            and (run["dataset"], run["method"]) == (other["dataset"], other["method"])
+            and all(other["settings"].get(key, value) == value for key, value in run["settings"].items())
+            for other in group
+        )
+
+    groups: list[list[dict]] = []
     for run in runs:
-        copy = 0  # a second run of the same seed and settings is a repetition: it gets a row of its own
-        while any(run["seed"] == other["seed"] for other in groups[(run["dataset"], run["method"], run["settings"], copy)]):
-            copy += 1
-        groups[(run["dataset"], run["method"], run["settings"], copy)].append(run)
-    order = list(METHODS)
-    return sorted(groups.values(), key=lambda g: (g[0]["dataset"], order.index(g[0]["method"]), str(g[0]["path"])))
+        group = next((group for group in groups if fits(run, group)), None)
+        if group is None:
+            groups.append([run])
+        else:
+            group.append(run)
+    return sorted(groups, key=lambda group: (group[0]["dataset"], [*METHODS, group[0]["method"]].index(group[0]["method"])))
 
 
 def mean_and_deviation(values: list[float]) -> str:
@@ -80,7 +87,8 @@ def mean_and_deviation(values: list[float]) -> str:
 
 def label(path: Path, root: Path) -> str:
     """A run's directory relative to `root`, without its seed: what the runs of one row have in common."""
-    return str((path.parent if path.name.startswith("seed") else path).relative_to(root))
+    parts = path.relative_to(root).parts
+    return "/".join(parts[:-1] if parts and parts[-1].startswith("seed") else parts) or "."
 
 
 def table(runs: list[dict], root: Path) -> str:
@@ -90,7 +98,7 @@ def table(runs: list[dict], root: Path) -> str:
         dataset, method = group[0]["dataset"], group[0]["method"]
         places = {label(run["path"], root) for run in group}
         seeds = ", ".join(str(seed) for seed in sorted(run["seed"] for run in group))
-        cells = [dataset, METHODS[method], ", ".join(sorted(places)), seeds]
+        cells = [dataset, METHODS.get(method, method), ", ".join(sorted(places)), seeds]
         paper = PAPER.get(dataset, {}).get(method, (None, None))
         for score, printed in zip(SCORES, paper, strict=True):
             cells.append(mean_and_deviation([run["scores"][score] for run in group if score in run["scores"]]))
@@ -133,9 +141,12 @@ def draw_curves(root: Path, figures: Path) -> list[Path]:
         handles = [plt.Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False)
         figure.suptitle(f"{dataset}: every line is one seed; fine-tuning dashed")
-        figures.mkdir(parents=True, exist_ok=True)
         written.append(figures / f"{dataset}_curves.png")
-        figure.savefig(written[-1], dpi=120)
+        try:
+            figures.mkdir(parents=True, exist_ok=True)
+            figure.savefig(written[-1], dpi=120)
+        except OSError as error:
+            raise InputError(f"--figures {figures} cannot be written ({first_line(error)}); choose another directory") from error
         plt.close(figure)
     return written
 

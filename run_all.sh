@@ -6,7 +6,7 @@
 #
 # From the environment, with their defaults (the demo's in brackets):
 #   SEEDS    "0 1 2 3 4" ["0 1"]             METHODS  "frozen finetune grpo_rm"
-#   NPROC    processes; the number of GPUs, or 1
+#   NPROC    processes; the number of GPUs, or 1 [1]
 #   EPOCHS   100 [20]                        DATA_ROOT  directory of the datasets
 #   OUT      runs [runs/demo]                WEIGHTS    file to start from
 #   MODEL_ARGS  flags for every stage, such as "--backbone dinov2_vitb14"
@@ -14,13 +14,14 @@
 #
 # A stage whose result file exists is skipped: started again, the chain goes on where it stopped.
 set -euo pipefail
-cd "$(dirname "$0")"
+here=$(cd "$(dirname "$0")" && pwd)
 
 if (($# == 0)); then # the demo: small batches and their learning rate, so that a small network learns in few epochs
     set -- shapes
     SEEDS=${SEEDS:-0 1}
     EPOCHS=${EPOCHS:-20}
     OUT=${OUT:-runs/demo}
+    NPROC=${NPROC:-1}
     MODEL_ARGS=${MODEL_ARGS:---limit-train 3000}
     TRAIN_ARGS=${TRAIN_ARGS:---batch-size 64 --lr 1e-3 --eval-every 10}
 fi
@@ -45,7 +46,7 @@ stage() { # stage RESULT_FILE COMMAND...: runs the command unless its result is 
         echo "== $result exists: skipped"
     else
         echo "== $*"
-        "${launch[@]}" "$@"
+        "${launch[@]}" "$here/$1" "${@:2}"
     fi
 }
 
@@ -66,4 +67,4 @@ for dataset in "$@"; do
         done
     done
 done
-python report.py "$OUT"
+python "$here/report.py" "$OUT"

@@ -29,12 +29,14 @@ from grpo_rm import (
     train,
 )
 
+PAPER = {"lr": 1e-3, "lr_end": 1e-5}  # for a batch of 256
+
 
 def parse_args(argv: list[str] | None):
     parser = ArgumentParser(__doc__)
     add_data_arguments(parser)
     add_model_arguments(parser)
-    add_training_arguments(parser, lr=1e-3, lr_end=1e-5, batch_size=1024)
+    add_training_arguments(parser, **PAPER, batch_size=1024)
     return parser.parse_args(argv)
 
 
@@ -55,7 +57,7 @@ def head_accuracy(policy: Policy, loader: EvalLoader, amp: str, world: World) ->
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     world = init_world(args.device)
-    resolve_training_arguments(args, world)
+    resolve_training_arguments(args, world, **PAPER)
     train_split, val_split, backbone = load_data_and_backbone(args, world)
     train_split = fraction(train_split, args.train_fraction, args.seed)
     head = ClassificationHead(backbone.embed_dim, len(train_split.classes), args.hidden_dim)

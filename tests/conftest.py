@@ -1,6 +1,7 @@
 """Small worlds for the tests: images on disk, runs on a tiny budget, scripts as a user starts them."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,13 @@ def run_script(*command: str | Path, nproc: int = 1, cwd: Path = ROOT) -> subpro
         text=True,
         timeout=300,
     )
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def write_image(path: Path, seed: int, size: tuple[int, int] = (20, 16), mode: str = "RGB") -> None:

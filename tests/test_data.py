@@ -157,6 +157,22 @@ def test_class_folders(image_folder):
     assert all(train.read(i).mode == "RGB" for i in range(len(train)))  # grey and palette images too
 
 
+def test_sixteen_bit_grey_is_scaled(tmp_path):
+    levels = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    pixels = np.asarray(data.read_image(str(tmp_path / "deep.png")))
+    assert np.array_equal(pixels, np.arange(256, dtype=np.uint8).reshape(16, 16)[..., None].repeat(3, 2))
+
+
+def test_imagenet_validation_is_the_centre_of_a_larger_resize(tmp_path):
+    """The shorter side becomes size * 256 / 224, of which the centre is cut out."""
+    image = Image.fromarray((np.random.default_rng(0).random((64, 96, 3)) * 255).astype(np.uint8))
+    split = data.Split(["a", "b"], torch.zeros(1, dtype=torch.int64), lambda i: image)
+    _, images, _ = next(iter(EvalLoader(split, "imagenet", 28, 4, CPU, 0)))
+    expected = np.asarray(image.resize((48, 32), Image.Resampling.BICUBIC).crop((10, 2, 38, 30)))
+    assert torch.equal(images, to_input(torch.from_numpy(expected.copy())[None], 28))
+
+
 def test_tiny_imagenet_layout(tiny_imagenet):
     train, val = load_splits("tiny_imagenet", str(tiny_imagenet))
     assert train.classes == ["n03", "n01", "n02"]  # the order of wnids.txt
@@ -172,9 +188,12 @@ def test_tiny_imagenet_layout(tiny_imagenet):
         (lambda home: shutil.rmtree(home / "train" / "n01"), r"train/n01/images has 0 images, other classes 4"),
         (lambda home: next((home / "train" / "n02" / "images").iterdir()).unlink(), r"train/n02/images has 3 images, other classes 4"),
         (lambda home: (home / "val" / "images" / "val_3.JPEG").unlink(), r"lists val_3\.JPEG, which is not there"),
-        (lambda home: (home / "val" / "val_annotations.txt").write_text(""), r"val_annotations\.txt is empty"),
+        (lambda home: (home / "val" / "val_annotations.txt").write_text(""), r"lists 0 of 6 images"),
+        (lambda home: (home / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn01\t0\n"), r"lists 1 of 6 images"),
+        (lambda home: (home / "wnids.txt").write_text(""), r"lists no class or holds no training image"),
+        (lambda home: [shutil.rmtree(home / "train" / f"n0{i}") for i in (1, 2, 3)], r"lists no class or holds no training image"),
     ],
-    ids=["wnids", "class", "image", "val", "annotations"],
+    ids=["wnids", "class", "image", "val", "no annotations", "annotations", "no classes", "no train"],
 )
 def test_half_extracted_tiny_imagenet(tiny_imagenet, harm, message):
     harm(tiny_imagenet / "tiny-imagenet-200")

@@ -1,19 +1,23 @@
 """The evaluations against brute force, their independence of the number of processes, and the report."""
 
 import json
+import os
+import shutil
 import statistics
 from collections import defaultdict
 
 import pytest
 import torch
-from conftest import TINY, run_script, stderr_of
+from conftest import TINY, free_port, run_script, stderr_of
 
 import eval_knn
 import eval_linear
 import report
 import train_cls
+from data import EvalLoader, draw_shapes_split
 from eval_knn import knn_predict
 from eval_linear import fit_softmax_regression
+from grpo_rm import extract_features, init_world, load_backbone
 
 
 def brute_force(train, labels, test, num_classes, k):
@@ -106,8 +110,8 @@ def test_frozen_baseline_is_the_backbone_training_starts_from(finished_run, tmp_
     """Same seed, same random vit_tiny: its k-NN equals that of the weights saved before any step."""
     eval_knn.main([*TINY, "--seed", "3", "--output", str(tmp_path / "frozen.json")])
     torch.manual_seed(3)
-    torch.save(train_cls.load_data_and_backbone.__globals__["load_backbone"]("vit_tiny").state_dict(), tmp_path / "start.pth")
-    eval_knn.main([*TINY, "--weights", str(tmp_path / "start.pth"), "--output", str(tmp_path / "start.json")])
+    torch.save(load_backbone("vit_tiny").state_dict(), tmp_path / "start.pth")
+    eval_knn.main([*TINY, "--seed", "3", "--weights", str(tmp_path / "start.pth"), "--output", str(tmp_path / "start.json")])
     frozen, start = (json.loads((tmp_path / name).read_text()) for name in ("frozen.json", "start.json"))
     assert frozen["top1"] == start["top1"] and frozen["method"] == start["method"] == "frozen" and frozen["seed"] == 3
 
@@ -125,11 +129,48 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(finished_run, tmp
 
 
 def test_validation_images_never_train_the_linear_layer(monkeypatch, tmp_path):
-    seen = []
-    original = eval_linear.fit_softmax_regression
-    monkeypatch.setattr(eval_linear, "fit_softmax_regression", lambda f, t, *a, **k: seen.append(len(f)) or original(f, t, *a, **k))
-    eval_linear.main([*TINY, "--epochs", "1", "--output", str(tmp_path / "result.json")])
-    assert seen == [100]
+    """The layer is fitted to the training features, and its score is that of the validation features."""
+    seen = {}
+    monkeypatch.setattr(eval_linear, "frozen_features", lambda *a: seen.setdefault("all", original(*a)))
+    monkeypatch.setattr(eval_linear, "fit_softmax_regression", lambda f, t, *a, **k: seen.setdefault("fit", (f, t)) and fit(f, t, *a, **k))
+    eval_linear.main([*TINY, "--epochs", "3", "--output", str(tmp_path / "result.json")])
+    train, val, classes = seen["all"]
+    assert torch.equal(seen["fit"][0], train[0]) and torch.equal(seen["fit"][1], train[1]) and len(train[0]) == 100
+    layer = fit(*train, len(classes), epochs=3, batch_size=1024, lr=4e-3, lr_end=4e-5, seed=0)
+    expected = (layer(val[0]).argmax(1) == val[1]).double().mean().item()
+    assert json.loads((tmp_path / "result.json").read_text())["top1"] == pytest.approx(100 * expected)
+
+
+original, fit = eval_linear.frozen_features, fit_softmax_regression
+
+
+def ranks_extract(rank, size, port, directory):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    world = init_world("cpu")
+    torch.manual_seed(0)
+    loader = EvalLoader(draw_shapes_split(41, seed=0), "shapes", 42, 8, world, 1)
+    torch.save(extract_features(load_backbone("vit_tiny"), loader, "off", world), f"{directory}/{size}_{rank}.pth")
+    if world.size > 1:
+        torch.distributed.destroy_process_group()
+
+
+def test_features_are_the_same_bits_on_any_number_of_processes(tmp_path):
+    for size in (1, 3):
+        torch.multiprocessing.spawn(ranks_extract, (size, free_port(), str(tmp_path)), nprocs=size)
+    expected = torch.load(tmp_path / "1_0.pth", weights_only=True)
+    assert expected[0].abs().amin(0).min() > 0 and expected[1].tolist() == [i % 10 for i in range(41)]
+    for rank in range(3):
+        features = torch.load(tmp_path / f"3_{rank}.pth", weights_only=True)
+        assert all(torch.equal(a, b) for a, b in zip(features, expected, strict=True))
+
+
+def test_weights_of_a_run_on_another_dataset_need_an_output(finished_run, image_folder, capsys):
+    command = ["--dataset", "folder", "--data-root", image_folder, "--image-size", "42", "--device", "cpu"]
+    command += ["--weights", finished_run / "backbone.pth"]
+    assert "come from a run on another dataset" in stderr_of(capsys, eval_knn.main, *command)
+    eval_knn.main([str(part) for part in [*command, "--output", finished_run / "other.json"]])
+    assert json.loads((finished_run / "other.json").read_text())["method"] == "grpo_rm"
 
 
 def fake_run(root, dataset, method, seed, sr, knn=None, **config):
@@ -168,6 +209,13 @@ def test_report_never_averages_over_settings(tmp_path):
     assert sorted(row[4] for row in rows(tmp_path)) == ["50.00", "60.00", "70.00"]
 
 
+def test_report_averages_over_what_does_not_matter(tmp_path):
+    fake_run(tmp_path, "cifar10", "grpo_rm", 0, 50.0, knn=40.0, world_size=1)
+    fake_run(tmp_path, "cifar10", "grpo_rm", 1, 60.0, world_size=8)  # and its k-NN is still missing
+    assert [row[3:5] + row[6:7] for row in rows(tmp_path)] == [["0, 1", "55.00 ± 7.07", "40.00"]]
+    assert rows(tmp_path / "cifar10" / "grpo_rm" / "seed0")[0][2] == "."
+
+
 def test_report_figures(finished_run, tmp_path, capsys):
     report.draw_curves(finished_run.parents[2], tmp_path)
     assert (tmp_path / "shapes_curves.png").stat().st_size > 10_000
@@ -175,6 +223,12 @@ def test_report_figures(finished_run, tmp_path, capsys):
 
 def test_report_on_bad_directories(tmp_path, capsys):
     assert "no such directory" in stderr_of(capsys, report.main, tmp_path / "nowhere")
+    fake_run(tmp_path / "good", "cifar10", "grpo_rm", 0, 50.0)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "good" / "cifar10" / "grpo_rm" / "seed0" / "log.jsonl").write_text("")
+    error = stderr_of(capsys, report.main, tmp_path / "good", "--figures", tmp_path / "file")
+    assert "cannot be written" in error
+    shutil.rmtree(tmp_path / "good")
     assert "holds no finished run" in stderr_of(capsys, report.main, tmp_path)
     (fake_run(tmp_path, "cifar10", "grpo_rm", 0, 50.0) / "eval_linear.json").write_text('{"top1": 5')
     assert "eval_linear.json cannot be read" in stderr_of(capsys, report.main, tmp_path)

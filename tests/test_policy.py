@@ -1,12 +1,17 @@
 """Backbones, heads and weights: what loads, what is refused, and what a saved backbone loads into."""
 
+import json
 import pickle
 import sys
 
 import pytest
 import torch
+from conftest import TINY
 
+import eval_knn
+import eval_linear
 import grpo_rm
+import train_cls
 from checkpoint import load_strictly
 from data import InputError
 from grpo_rm import ClassificationHead, Policy, VitTiny, check_image_size, load_backbone
@@ -32,6 +37,12 @@ def dinov2_vits14(*, pretrained=True, **kwargs):
     return Stand()
 
 dinov3_vits16 = dinov2_vits14
+
+def resnet(*, pretrained=True):
+    return nn.Linear(1, 1)
+
+def strange():
+    return Stand()
 '''
 
 
@@ -77,14 +88,21 @@ def test_hub_stand_in_through_torch_hub(hub_repo):
     assert load_backbone("dinov3_vits16", hub_repo=hub_repo).patch_size == 4
 
 
-def test_exported_weights_load_strictly_into_a_fresh_hub_model(hub_repo, tmp_path):
-    backbone = load_backbone("dinov2_vits14", hub_repo=hub_repo)
-    torch.nn.init.constant_(backbone.project.bias, 7.0)
-    torch.save(backbone.state_dict(), tmp_path / "backbone.pth")
+def test_exported_weights_load_strictly_into_a_fresh_hub_model(hub_repo, tmp_path, capsys):
+    """A run of the script with a hub model, its export, and the two ways back; then both evaluations."""
+    model = ["--backbone", "dinov2_vits14", "--hub-repo", hub_repo]
+    train_cls.main([*TINY, *model, "--image-size", "40", "--batch-size", "50", "--epochs", "1", "--output-dir", str(tmp_path / "run")])
+    assert "starts from random weights" in capsys.readouterr().err
+    file = tmp_path / "run" / "backbone.pth"
+    state = torch.load(file, weights_only=True)
     fresh = torch.hub.load(hub_repo, "dinov2_vits14", source="local", pretrained=False)
-    fresh.load_state_dict(torch.load(tmp_path / "backbone.pth", weights_only=True), strict=True)
-    again = load_backbone("dinov2_vits14", hub_repo=hub_repo, weights=str(tmp_path / "backbone.pth"))
-    assert (again.project.bias == 7).all() and (fresh.project.bias == 7).all()
+    fresh.load_state_dict(state, strict=True)
+    again = load_backbone("dinov2_vits14", hub_repo=hub_repo, weights=str(file))
+    assert torch.equal(again.project.weight, fresh.project.weight) and torch.equal(fresh.project.weight, state["project.weight"])
+    for module, name in ((eval_linear, "eval_linear.json"), (eval_knn, "eval_knn.json")):
+        module.main([*TINY, "--weights", str(file)])  # backbone, hub repository and image size come from config.json
+        result = json.loads((tmp_path / "run" / name).read_text())
+        assert (result["backbone"], result["image_size"], result["val_images"]) == ("dinov2_vits14", 40, 40)
 
 
 @pytest.mark.parametrize("name", grpo_rm.DINOV2)
@@ -115,6 +133,9 @@ def test_unknown_names(hub_repo):
         load_backbone("dinov2_vits15")
     with pytest.raises(InputError, match="resnet50 from"):
         load_backbone("resnet50", hub_repo=hub_repo)
+    for name, reason in (("resnet", "has no forward_features"), ("strange", "unexpected keyword argument 'pretrained'")):
+        with pytest.raises(InputError, match=reason):
+            load_backbone(name, hub_repo=hub_repo)
     with pytest.raises(InputError, match="owner/repo"):
         load_backbone("resnet50", hub_repo="no such directory")
 

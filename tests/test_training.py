@@ -8,19 +8,19 @@ import os
 
 import pytest
 import torch
-from conftest import CPU, TINY, stderr_of
+from conftest import CPU, TINY, free_port, stderr_of
 
 import checkpoint
 import grpo_rm
 import train_cls
 from checkpoint import Meter, means, read_log
-from data import TrainLoader, draw_shapes_split
+from data import InputError, TrainLoader, draw_shapes_split
 from grpo_rm import ClassificationHead, Policy, VitTiny, World, copy_policy, init_world, learning_rate, load_backbone, train, training_step
 
 
 def arguments(*extra: str) -> argparse.Namespace:
     args = train_cls.parse_args([*TINY, "--batch-size", "40", "--lr", "1e-3", "--epochs", "2", "--log-every", "2", *extra])
-    grpo_rm.resolve_training_arguments(args, CPU)
+    grpo_rm.resolve_training_arguments(args, CPU, **train_cls.PAPER)
     return args
 
 
@@ -60,14 +60,6 @@ def rank_of_several(rank: int, size: int, port: int, directory: str, *extra: str
     torch.distributed.destroy_process_group()
 
 
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.mark.parametrize(("method", "size", "pieces"), [("grpo_rm", 4, 1), ("finetune", 2, 2)])
 def test_processes_and_accumulation_change_nothing(method, size, pieces, tmp_path):
     common = ("--method", method, "--ratio-floor", "0")
@@ -76,7 +68,7 @@ def test_processes_and_accumulation_change_nothing(method, size, pieces, tmp_pat
     start = (size, free_port(), str(tmp_path / "processes"), *common, "--grad-accum", str(pieces))
     torch.multiprocessing.spawn(rank_of_several, start, nprocs=size)
     expected = torch.load(tmp_path / "one" / "backbone.pth", weights_only=True)
-    start = VitTiny().state_dict()
+    start = small_policy().backbone.state_dict()
     assert any((expected[name] - start[name]).abs().max() > 1e-4 for name in start)
     for name in ("pieces", "processes"):
         torch.testing.assert_close(torch.load(tmp_path / name / "backbone.pth", weights_only=True), expected, atol=1e-9, rtol=1e-9)
@@ -140,7 +132,7 @@ def test_learning_rate():
 
 def test_defaults_are_the_papers():
     args = train_cls.parse_args(["--dataset", "tiny_imagenet"])
-    grpo_rm.resolve_training_arguments(args, CPU)
+    grpo_rm.resolve_training_arguments(args, CPU, **train_cls.PAPER)
     assert (args.lr, args.lr_end, args.batch_size, args.epochs, args.hidden_dim) == (4e-3, 4e-5, 1024, 100, 256)
     assert (args.clip_eps, args.uniformity, args.accuracy_weight, args.uniformity_weight) == (0.2, "eq4", 1, 1)
     assert (args.image_size, args.backbone, args.ratio_floor) == (70, "dinov2_vits14", 0.1)
@@ -151,22 +143,37 @@ def test_head_factor_and_gradient_clipping(monkeypatch, tmp_path):
     rates = []
     monkeypatch.setattr(grpo_rm, "training_step", lambda m, o, optimizer, s, i, t, a, w: rates.append(
         [group["lr"] for group in optimizer.param_groups]) or {k: torch.ones((), dtype=torch.float64) for k in
-        ("samples", "images", "loss", "accuracy")})  # fmt: skip
+        ("samples", "images", "loss", "accuracy", "grad_norm")})
     run(tmp_path, "--method", "finetune", "--head-lr-factor", "10", "--epochs", "1")
     assert all(head == pytest.approx(10 * backbone) for backbone, head in rates)
-    monkeypatch.undo()
-    policy = small_policy()
-    before = torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
-    args = arguments("--max-grad-norm", "0.5", "--method", "finetune")
-    norm = one_step(policy, None, args)["grad_norm"]
-    assert norm > 0.5  # logged before clipping
-    assert not torch.equal(before, torch.cat([p.detach().flatten() for p in policy.parameters()]))
+
+
+def test_gradient_norm_clipping():
+    class Keep(torch.optim.SGD):
+        def zero_grad(self, set_to_none=True):  # leave the gradients for the test to see
+            pass
+
+    def gradient_norm(*flags):
+        policy = small_policy()
+        meter = Meter()
+        optimizer = Keep(policy.parameters(), lr=0.0)
+        images, targets = torch.ones(10, 3, 42, 42, dtype=torch.float64), torch.arange(10)
+        args = arguments("--method", "finetune", *flags)
+        meter.add(training_step(policy, None, optimizer, torch.amp.GradScaler("cpu", enabled=False), images, targets, args, CPU))
+        norm = math.sqrt(sum(p.grad.square().sum().item() for p in policy.parameters()))
+        return means(meter.read())["grad_norm"], norm
+
+    logged, kept = gradient_norm()
+    assert logged == pytest.approx(kept) and kept > 0.1
+    clipped_logged, clipped = gradient_norm("--max-grad-norm", "0.05")
+    assert clipped_logged == pytest.approx(logged)  # logged before clipping
+    assert clipped == pytest.approx(0.05, rel=1e-4)
 
 
 @pytest.mark.parametrize("extra", [(), ("--old-policy-every", "5"), ("--method", "finetune")], ids=["grpo_rm", "refresh5", "finetune"])
 def test_resumed_run_equals_uninterrupted_one_bit_for_bit(extra, tmp_path):
     run(tmp_path / "whole", *extra)
-    for stop in ("3", "7", "8"):  # 3 steps an epoch: at an epoch's end, and within one
+    for stop in ("3", "7", "7", "2", "8"):  # 3 steps an epoch: at an epoch's end, within one, twice the same, and one long past
         run(tmp_path / "parts", *extra, "--max-steps", stop, "--resume")
     run(tmp_path / "parts", *extra, "--resume")
     for name in ("backbone.pth", "head.pth"):
@@ -245,9 +252,9 @@ def test_numbers_without_a_name_in_json_become_null():
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(grpo_rm, "cross_entropy_loss", lambda logits, *a, **k: (logits.sum() * math.nan, {"loss": logits.sum().detach() * math.nan, "accuracy": logits.sum().detach()}))  # fmt: skip
+    monkeypatch.setattr(grpo_rm, "cross_entropy_loss", lambda logits, *a, **k: (logits.sum() * math.nan, {"loss": logits.sum().detach() * math.nan, "accuracy": logits.sum().detach()}))
     arguments = [*TINY, "--method", "finetune", "--log-every", "1", "--output-dir", tmp_path]
-    assert "the loss is nan at step 1" in stderr_of(capsys, train_cls.main, *arguments, status=1)
+    assert "loss is nan at step 1" in stderr_of(capsys, train_cls.main, *arguments, status=1)
 
 
 def test_a_huge_ratio_is_warned_of_once(tmp_path, capsys):
@@ -261,3 +268,61 @@ def test_fp16_scaler_is_part_of_the_checkpoint(tmp_path):
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert state["scaler"]["scale"] > 1
     assert state["old_policy"].keys() == state["policy"].keys()
+
+
+def test_random_layers_are_off_in_both_policies():
+    """A backbone with dropout: policy and old policy still agree exactly after a refresh."""
+
+    class Noisy(VitTiny):
+        def forward_features(self, images):
+            features = super().forward_features(images)
+            return {name: torch.nn.functional.dropout(x, 0.5, self.training) for name, x in features.items()}
+
+    grpo_rm_vit, grpo_rm.VitTiny = grpo_rm.VitTiny, Noisy
+    try:
+        policy = Policy(load_backbone("vit_tiny"), ClassificationHead(96, 10))
+    finally:
+        grpo_rm.VitTiny = grpo_rm_vit
+    old_policy = Policy(Noisy().eval(), ClassificationHead(96, 10))
+    copy_policy(old_policy, policy)
+    assert one_step(policy, old_policy, arguments("--ratio-floor", "0"))["max_ratio"] == 1
+
+
+def test_a_checkpoint_of_another_network_is_refused(image_folder, tmp_path, capsys):
+    command = ["--dataset", "folder", "--data-root", image_folder, "--image-size", "42", "--backbone", "vit_tiny", "--device", "cpu"]
+    command += ["--batch-size", "9", "--epochs", "1", "--output-dir", tmp_path / "run"]
+    train_cls.main([str(part) for part in command])
+    capsys.readouterr()
+    (image_folder / "train" / "class3").mkdir()
+    (image_folder / "train" / "class0" / "0.jpg").rename(image_folder / "train" / "class3" / "0.jpg")
+    assert "is not of this network" in stderr_of(capsys, train_cls.main, *command, "--resume")
+
+
+def ranks_that_differ(rank: int, port: int, directory: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    world = init_world("cpu")
+    order = []
+    for turn in range(2):  # rank 0 first, also when it fails
+        try:
+            with grpo_rm.one_rank_first(world):
+                order.append(len(os.listdir(directory)))
+                open(f"{directory}/{turn}_{rank}", "w").close()
+                if turn == 1:
+                    raise InputError("no such thing")
+        except InputError:
+            order.append(-1)
+        torch.distributed.barrier()
+    assert order == ([0, 2, -1] if rank == 0 else [1, 3, -1]), order
+    state = {"step": 3 * (rank == 0), "epoch_sums": {}, "args": {}}
+    args = argparse.Namespace(output_dir=f"{directory}/rank{rank}", resume=True)
+    os.makedirs(args.output_dir)
+    if rank == 0:
+        torch.save(state | {"args": vars(args)}, f"{args.output_dir}/checkpoint.pt")
+    with pytest.raises(InputError, match="must be the same directory on all nodes"):
+        checkpoint.Run(args, world, 3).start()
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_take_turns_and_must_find_the_same_checkpoint(tmp_path):
+    torch.multiprocessing.spawn(ranks_that_differ, (free_port(), str(tmp_path)), nprocs=2)
