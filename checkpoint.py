@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -18,13 +19,13 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from data import Diverged, InputError, first_line
+from data import Diverged, InputError, Stopped, first_line
 
 # What may differ between runs that are otherwise the same: it does not change the mathematics. A run may be resumed with
 # other values of these, and report.py averages over them.
 NEUTRAL = set(
     "data_root download device workers output_dir resume checkpoint_minutes eval_every log_every max_steps hub_repo weights "
-    "grad_accum output git_commit torch_version device_name world_size".split()
+    "grad_accum timeout_minutes skip_unreadable output git_commit torch_version device_name world_size".split()
 )
 
 
@@ -42,14 +43,23 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)  # the new name too survives a crash of the machine
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         raise InputError(f"cannot write {path} ({first_line(error)}); free some space or choose another directory") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or directory is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def to_json(values: dict) -> str:
@@ -147,6 +157,18 @@ def environment(world) -> dict:
     }
 
 
+def random_state() -> list[torch.Tensor]:
+    """The state of torch's generators: the CPU's and, where there is one, this process's GPU's."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+
+
+def set_random_state(states: list[torch.Tensor]) -> None:
+    """The opposite of `random_state`."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1 and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states[1])
+
+
 class Meter:
     """Sums over the samples of several steps. They stay on the device, so that no step waits for the host."""
 
@@ -183,16 +205,34 @@ class Run:
 
     Rank 0 writes; all ranks call every method at the same step. `parts` are the objects whose state dicts make up a
     checkpoint (None: absent). checkpoint_previous.pt is the checkpoint before the newest; it is used, with a warning,
-    when the newest does not load.
+    when the newest does not load. `loader` tells the steps in an epoch and which files could not be read. Inside `with run:` SIGTERM, SIGUSR1 and Ctrl-C save the run after the step in progress,
+    on all ranks, and raise Stopped.
     """
 
-    def __init__(self, args: argparse.Namespace, world, steps_per_epoch: int, **parts):
-        self.args, self.world, self.steps_per_epoch, self.parts = args, world, steps_per_epoch, parts
+    def __init__(self, args: argparse.Namespace, world, loader, **parts):
+        self.args, self.world, self.steps_per_epoch, self.parts = args, world, len(loader), parts
+        self.unreadable, self.unreadable_logged = loader.pixels.unreadable, set()
         self.directory = Path(args.output_dir)
         self.newest, self.previous = (self.directory / name for name in ("checkpoint.pt", "checkpoint_previous.pt"))
-        self.window, self.epoch_sums, self.warned = Meter(), {}, False
+        self.window, self.epoch_sums, self.lr = Meter(), {}, args.lr  # since the last log line; since the epoch began
+        self.first_bad: dict[str, torch.Tensor] = {}  # the first step at which a number was not finite, 0 if none
         self.window_started = self.saved = time.monotonic()
-        self.bar = tqdm(total=steps_per_epoch, leave=False, disable=None if world.rank == 0 else True)
+        self.warned, self.signal = False, 0
+        # The ranks agree over the CPU: no step waits for a GPU.
+        self.control = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.bar = tqdm(total=self.steps_per_epoch, leave=False, disable=None if world.rank == 0 else True)
+
+    def __enter__(self) -> "Run":
+        def remember(number: int, frame) -> None:
+            self.signal = number
+
+        self.handlers = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.bar.close()
 
     def start(self) -> int:
         """Restore the parts from the checkpoint, where args.resume asks for it and there is one; write config.json;
@@ -200,27 +240,21 @@ class Run:
         if not self.args.resume and (self.newest.exists() or self.previous.exists()):
             raise InputError(f"--output-dir {self.directory} already holds a run; add --resume to go on with it, or choose another")
         check_writable(self.newest)
-        step = 0
-        if self.args.resume and (state := self._newest_state()):
-            try:
-                for name, part in self.parts.items():
-                    if part is not None:
-                        part.load_state_dict(state[name])
-                step, self.epoch_sums = state["step"], state["epoch_sums"]
-            except (KeyError, RuntimeError, TypeError, ValueError) as error:
-                raise InputError(f"--resume: the checkpoint in {self.directory} is not of this network ({first_line(error)}); have the classes or the backbone changed?") from error
-            self.say(f"resuming {self.directory} at step {step}")
-        if dist.is_initialized():
-            steps = torch.tensor([step, -step], device=self.world.device)
-            dist.all_reduce(steps, op=dist.ReduceOp.MAX)
+        state = self._newest_state() if self.args.resume else None
+        step = self._restore(state) if state else 0
+        if self.control:
+            steps = torch.tensor([step, -step])
+            dist.all_reduce(steps, op=dist.ReduceOp.MAX, group=self.control)
             if steps.sum() != 0:
-                raise InputError(f"--resume: the processes find different checkpoints in {self.directory}; it must be the same directory on all nodes")
+                raise InputError(f"--resume: the processes find different checkpoints in {self.directory}; all nodes must see one directory")
         if self.world.rank == 0:
             write_json(self.directory / "config.json", vars(self.args) | environment(self.world))
             kept = [event for event in read_log(self.directory / "log.jsonl") if event["step"] <= step] if step else []
+            if self.epoch_sums:  # saved between an epoch's last step and its end: the epoch's line comes again
+                kept = [event for event in kept if event["event"] != "epoch" or event["step"] < step]
+            self.unreadable_logged = {event["reason"] for event in kept if event["event"] == "unreadable"}
             text = "".join(to_json(event) + "\n" for event in kept)
             write_atomically(self.directory / "log.jsonl", lambda file: file.write_text(text))
-        self.window_started = self.saved = time.monotonic()
         return step
 
     def _newest_state(self) -> dict | None:
@@ -244,35 +278,68 @@ class Run:
             raise InputError(f"--resume: {broken} does not load and there is no other; remove it to start from the beginning")
         return None
 
+    def _restore(self, state: dict) -> int:
+        try:
+            for name, part in self.parts.items():
+                if part is not None:
+                    part.load_state_dict(state[name])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"the checkpoint in {self.directory} is not of this network ({first_line(error)})"
+            raise InputError(f"--resume: {reason}; have the classes or the backbone changed?") from error
+        self.epoch_sums, self.lr = state["epoch_sums"], state["lr"]
+        if len(state["ranks"]) == self.world.size:
+            mine = state["ranks"][self.world.rank]
+            self.window.sums = {name: value.to(self.world.device) for name, value in mine["window"].items()}
+            self.window_started = time.monotonic() - mine["seconds"]
+            set_random_state(mine["random"])
+        else:
+            self.say(f"warning: the run had {len(state['ranks'])} processes, not {self.world.size}: it will not go on to the last bit")
+        self.say(f"resuming {self.directory} at step {state['step']}")
+        return state["step"]
+
+    def open_epoch(self, step: int) -> int:
+        """The epoch to go on with after `step`: the one that `step` ended, if its end has not been seen to."""
+        return (step - 1 if self.epoch_sums or self.window.sums else step) // self.steps_per_epoch
+
     def record(self, step: int, lr: float, sums: dict[str, torch.Tensor]) -> None:
-        """Take in what the step that ended measured; every args.log_every steps write a log line and, when
-        args.checkpoint_minutes have passed, a checkpoint. Raises Diverged."""
+        """Take in what the step that ended measured; every args.log_every steps write a log line; when a signal came or
+        args.checkpoint_minutes have passed, save. Raises Diverged and Stopped."""
+        self.lr = lr
         self.window.add(sums)
+        for name in ("loss",) if self.args.amp == "fp16" else ("loss", "grad_norm"):  # fp16's scaler skips steps that overflow
+            before = self.first_bad.get(name, torch.zeros_like(sums[name]))
+            self.first_bad[name] = torch.where(sums[name].isfinite() | (before > 0), before, step)
         epoch, steps = divmod(step - 1, self.steps_per_epoch)
         self.bar.desc, self.bar.n = f"epoch {epoch + 1}/{self.args.epochs}", steps
         self.bar.update()
         if step % self.args.log_every == 0:
-            self._flush(step, lr)
-            overdue = time.monotonic() - self.saved > 60 * self.args.checkpoint_minutes
-            if overdue and step % self.steps_per_epoch:  # the end of an epoch saves anyway
-                self.save(step, lr)
+            self.flush(step)
+        if self._wish():
+            self.save(step)
 
-    def _flush(self, step: int, lr: float) -> None:
-        """Write the line of the steps since the last one. Reading their sums waits for the device."""
+    def _wish(self) -> int:
+        """What some rank wants: the number of the signal it got, 1 for a checkpoint that is due, or 0."""
+        overdue = self.world.rank == 0 and time.monotonic() - self.saved > 60 * self.args.checkpoint_minutes
+        wish = torch.tensor(self.signal or int(overdue))
+        if self.control:
+            dist.all_reduce(wish, op=dist.ReduceOp.MAX, group=self.control)
+        return int(wish)
+
+    def flush(self, step: int) -> None:
+        """Write the log line of the steps since the last one. Reading their sums waits for the device."""
         if not self.window.sums:
             return
+        self._check_finite()
+        self._log_unreadable(step)
         sums = self.window.read()
         sums["seconds"] = time.monotonic() - self.window_started
         self.epoch_sums = {
             k: max(self.epoch_sums.get(k, 0.0), v) if k == "max_ratio" else self.epoch_sums.get(k, 0.0) + v for k, v in sums.items()
         }
         values = means(sums)
-        self._log("step", step, values | {"lr": lr, "images_per_s": sums["images"] / sums["seconds"]})
+        self.log("step", step, values | {"lr": self.lr, "images_per_s": sums["images"] / sums["seconds"]})
         self.window_started = time.monotonic()
         self.bar.set_postfix_str(f"loss {values['loss']:.4g}", refresh=False)
-        for name in ("loss",) if self.args.amp == "fp16" else ("loss", "grad_norm"):  # fp16's scaler skips steps that overflow
-            if not math.isfinite(values[name]):
-                raise Diverged(f"{name} is {values[name]} at step {step}; try a lower --lr, --warmup-epochs or --max-grad-norm")
         if values.get("max_ratio", 0) > 1e4 and not self.warned:
             self.warned = True
             self.say(
@@ -280,35 +347,75 @@ class Run:
                 "swamp the update; try --ratio-floor 0.1 or 1, --group-weighting policy, or a lower --lr"
             )
 
-    def end_epoch(self, step: int, lr: float, validate: Callable[[], dict[str, float]] | None) -> None:
+    def _check_finite(self) -> None:
+        """Raise Diverged, on all ranks, when a loss or a gradient was not finite. training_step has changed no weight
+        since then."""
+        bad = {name: int(step) for name, step in self.first_bad.items()}
+        found = [bad]
+        if self.control:
+            found = [None] * self.world.size
+            dist.all_gather_object(found, bad, group=self.control)
+        for name in ("loss", "grad_norm"):
+            places = [(steps[name], rank) for rank, steps in enumerate(found) if steps.get(name)]
+            if places:
+                what = "the loss" if name == "loss" else "the gradient"
+                step, rank = min(places)
+                where = f"step {step}" + (f" on rank {rank}" if name == "loss" else "")
+                hint = "try a lower --lr, --warmup-epochs or --max-grad-norm"
+                raise Diverged(f"{what} is not finite at {where}; no weight was changed by it, the last checkpoint is good; {hint}")
+
+    def _log_unreadable(self, step: int) -> None:
+        """Write a line for every file that some rank could not read and that has no line yet."""
+        reasons = list(self.unreadable.values())
+        if self.control:
+            found: list = [None] * self.world.size
+            dist.all_gather_object(found, reasons, group=self.control)
+            reasons = sorted({reason for part in found for reason in part})
+        for reason in reasons:
+            if reason not in self.unreadable_logged:
+                self.unreadable_logged.add(reason)
+                self.log("unreadable", step, {"reason": reason, "count": len(self.unreadable_logged)})
+                self.say(f"warning: {reason}; the next sample stands in for it ({len(self.unreadable_logged)} so far)")
+
+    def end_epoch(self, step: int, validate: Callable[[], dict[str, float]] | None) -> None:
         """Write the epoch's log line, with what `validate` measures, and print its summary."""
-        self._flush(step, lr)
+        self.flush(step)
         metrics = validate() if validate else {}
         values, rate = means(self.epoch_sums) | metrics, self.epoch_sums["images"] / self.epoch_sums["seconds"]
-        self._log("epoch", step, values | {"lr": lr, "images_per_s": rate})
+        self.log("epoch", step, values | {"lr": self.lr, "images_per_s": rate})
         self.epoch_sums, self.window_started = {}, time.monotonic()
         parts = [f"epoch {step // self.steps_per_epoch}/{self.args.epochs}", f"loss {values['loss']:.4f}"]
         parts += [f"accuracy {100 * values['accuracy']:.2f} %"]
         if "max_ratio" in values:
             parts += [f"clipped {100 * values['clip_fraction']:.1f} %", f"max ratio {values['max_ratio']:.3g}", f"KL {values['kl']:.3g}"]
-        parts += [f"lr {lr:.2e}", f"{rate:.0f} images/s"] + [f"{name} {value:.2f} %" for name, value in metrics.items()]
+        parts += [f"lr {self.lr:.2e}", f"{rate:.0f} images/s"] + [f"{name} {value:.2f} %" for name, value in metrics.items()]
         self.say("  ".join(parts), file=sys.stdout)
 
-    def save(self, step: int, lr: float) -> None:
-        """Store the state after `step` as the newest checkpoint; the newest so far becomes the previous one."""
-        self._flush(step, lr)
+    def save(self, step: int) -> None:
+        """Store the state after `step` as the newest checkpoint; the newest so far becomes the previous one. Raises
+        Stopped afterwards when a signal asks for the end, and InputError where the checkpoint cannot be written."""
+        self._check_finite()
+        window = {name: value.cpu() for name, value in self.window.sums.items()}
+        mine = {"random": random_state(), "window": window, "seconds": time.monotonic() - self.window_started}
+        ranks = [mine]
+        if self.control:
+            ranks = [None] * self.world.size
+            dist.all_gather_object(ranks, mine, group=self.control)
         self.saved = time.monotonic()
-        if self.world.rank != 0:
-            return
-        state = {name: part.state_dict() if part is not None else None for name, part in self.parts.items()}
-        state |= {"step": step, "epoch_sums": self.epoch_sums, "args": vars(self.args)}
+        if self.world.rank == 0:
+            state = {name: part.state_dict() if part is not None else None for name, part in self.parts.items()}
+            state |= {"step": step, "lr": self.lr, "epoch_sums": self.epoch_sums, "ranks": ranks, "args": vars(self.args)}
 
-        def write(file: Path) -> None:
-            torch.save(state, file)
-            if self.newest.exists():
-                os.replace(self.newest, self.previous)
+            def write(file: Path) -> None:
+                torch.save(state, file)
+                if self.newest.exists():
+                    os.replace(self.newest, self.previous)
 
-        write_atomically(self.newest, write)
+            write_atomically(self.newest, write)
+        wish = self._wish()
+        if wish > 1:
+            name = signal.Signals(wish).name
+            raise Stopped(f"{name}: saved at step {step} in {self.directory}; --resume goes on from there", signal_number=wish)
 
     def export(self, name: str, module: nn.Module) -> None:
         """Write the state dict of `module`, on the CPU, to the file `name`."""
@@ -321,8 +428,13 @@ class Run:
         if self.world.rank == 0:
             tqdm.write(text, file=file or sys.stderr)
 
-    def _log(self, event: str, step: int, values: dict[str, float]) -> None:
-        if self.world.rank == 0:
-            line = {"event": event, "epoch": (step - 1) // self.steps_per_epoch, "step": step} | values
+    def log(self, event: str, step: int, values: dict) -> None:
+        """Append a line to log.jsonl, on rank 0."""
+        if self.world.rank != 0:
+            return
+        line = {"event": event, "epoch": max(0, step - 1) // self.steps_per_epoch, "step": step} | values
+        try:
             with open(self.directory / "log.jsonl", "a") as file:
                 file.write(to_json(line) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {self.directory / 'log.jsonl'} ({first_line(error)}); free some space or restore it") from error

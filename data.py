@@ -16,6 +16,8 @@ import argparse
 import functools
 import math
 import os
+import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +49,15 @@ class InputError(ValueError):
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a number; the message is one line."""
+    """The loss or the gradient is no longer finite; the message is one line."""
+
+
+class Stopped(RuntimeError):
+    """A signal asked the run to end, and it has been saved; the message is one line."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.status = 130 if signal_number == signal.SIGINT else 143  # as shells report SIGINT and SIGTERM
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -85,20 +95,37 @@ def number(low: float, high: float = math.inf, *, open_low: bool = False, kind: 
 
 
 def stage(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | None], None]:
-    """Decorates a script's main(argv): InputError becomes one line and exit status 2, Diverged one line and 1."""
+    """Decorates a script's main(argv), so that what may go wrong ends in one line on stderr: bad input with exit status
+    2, a run that diverged or lost another process with 1, one that a signal stopped with 143 (Ctrl-C: 130)."""
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> None:
         try:
             main(argv)
-        except (InputError, Diverged) as error:
-            rank = f" [rank {os.environ.get('RANK', 0)}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-            print(f"{Path(sys.argv[0]).name}: error:{rank} {error}", file=sys.stderr)
-            raise SystemExit(2 if isinstance(error, InputError) else 1) from None
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        except KeyboardInterrupt:  # before or after the part of a run that can be saved
+            status, message = 130, "interrupted"
+        except Stopped as stopped:
+            status, message = stopped.status, str(stopped)
+        except InputError as error:
+            status, message = 2, f"error: {error}"
+        except Diverged as error:
+            status, message = 1, f"error: {error}"
+        except RuntimeError as error:
+            if not LOST.search(str(error)):
+                raise
+            status, message = 1, "error: another process ended; its own message says why"
+        else:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+            return
+        rank = f" [rank {os.environ.get('RANK', 0)}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        print(f"{Path(sys.argv[0]).name}:{rank} {message}", file=sys.stderr)
+        raise SystemExit(status)
 
     return wrapped
+
+
+LOST = re.compile("Connection (closed|reset) by peer|Broken pipe|NCCL.*(remote|abort)|Timed out waiting|Socket Timeout|connect error")
 
 
 def first_line(error: BaseException) -> str:
@@ -409,48 +436,72 @@ def square(image: Image.Image, side: int, margin: float = 1.0) -> np.ndarray:
 
 
 class _Pixels:
-    """The decoded pixels of a split: `fetch` yields (B, side, side, 3) uint8 on the device for every list of samples.
+    """The decoded pixels of a split: for every list of samples `fetch` yields (B, side, side, 3) uint8 on the device, and
+    the samples (B,) that they come from.
 
     A split that fits into RESIDENT_BYTES is decoded once and kept on the device; one that does not, or that needs
-    random resized crops of the full image, is decoded by DataLoader workers as it is asked for.
+    random resized crops of the full image, is decoded by DataLoader workers as it is asked for. A file that cannot be
+    read raises InputError; with `skip_unreadable` the next sample stands in for it, and `unreadable` says which and why.
     """
 
-    def __init__(self, split: Split, side: int, world, workers: int, *, margin: float = 1.0, resized_crop: bool = False):
+    def __init__(
+        self, split: Split, side: int, world, workers: int, *, skip_unreadable: bool, margin: float = 1.0, resized_crop: bool = False
+    ):
         self.split, self.side, self.device, self.workers, self.margin = split, side, world.device, workers, margin
         self.resized_crop = v2.RandomResizedCrop(side, interpolation=InterpolationMode.BICUBIC) if resized_crop else None
+        self.skip_unreadable, self.unreadable = skip_unreadable, {}
         self.resident = None
         if not resized_crop and len(split) * side * side * 3 <= RESIDENT_BYTES:
             pixels = torch.empty(len(split), side, side, 3, dtype=torch.uint8)
+            sources = torch.arange(len(split))
 
             def decode(i: int) -> None:
-                pixels[i] = torch.from_numpy(self._decode(i).copy())
+                image, sources[i], unreadable = self._decode(i)
+                pixels[i] = torch.from_numpy(image.copy())
+                self.unreadable.update(unreadable)
 
             with ThreadPoolExecutor(max(1, workers)) as pool:
                 jobs = pool.map(decode, range(len(split)))
                 list(tqdm(jobs, "decode", len(split), disable=None if world.rank == 0 else True, leave=False, unit=" images"))
-            self.resident = pixels.to(self.device)
+            self.resident, self.sources = pixels.to(self.device), sources
+            self._check_share()
 
-    def _decode(self, index: int, crop_key: tuple[int, ...] = ()) -> np.ndarray:
-        image = self.split.read(index)
+    def _decode(self, index: int, crop_key: tuple[int, ...] = ()) -> tuple[np.ndarray, int, dict[int, str]]:
+        """The pixels of sample `index`, or of the next one that can be read; which one; and why those before it could not."""
+        unreadable = {}
+        for i in range(index, index + len(self.split)):
+            try:
+                image = self.split.read(i % len(self.split))
+                break
+            except InputError as error:
+                unreadable[i % len(self.split)] = str(error)
+                if not self.skip_unreadable or len(unreadable) > 0.01 * len(self.split):
+                    raise
         if self.resized_crop is None:
-            return square(image, self.side, self.margin)
+            return square(image, self.side, self.margin), i % len(self.split), unreadable
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(CROP, *crop_key, index))
-            return np.asarray(self.resized_crop(image))
+            return np.asarray(self.resized_crop(image)), i % len(self.split), unreadable
 
-    def fetch(self, batches: list[torch.Tensor], crop_key: tuple[int, ...] = ()) -> Iterator[torch.Tensor]:
+    def _check_share(self) -> None:
+        if len(self.unreadable) > 0.01 * len(self.split):
+            some = next(iter(self.unreadable.values()))
+            raise InputError(f"{len(self.unreadable)} of {len(self.split)} images cannot be read, more than 1 %; among them: {some}")
+
+    def fetch(self, batches: list[torch.Tensor], crop_key: tuple[int, ...] = ()) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         if self.resident is not None:
             for indices in batches:
-                yield self.resident[indices.to(self.device)]
+                yield self.resident[indices.to(self.device)], self.sources[indices]
             return
 
-        def load(indices: list[int]) -> torch.Tensor | InputError:
+        def load(indices: list[int]) -> tuple | InputError:
             try:
-                return torch.from_numpy(np.stack([self._decode(i, crop_key) for i in indices]))
+                images, sources, unreadable = zip(*(self._decode(i, crop_key) for i in indices), strict=True)
+                return torch.from_numpy(np.stack(images)), torch.tensor(sources), unreadable
             except InputError as error:  # handed over as a value: the DataLoader would wrap it into a traceback
                 return error
 
-        for pixels in DataLoader(
+        for batch in DataLoader(
             [indices.tolist() for indices in batches],
             batch_size=None,
             collate_fn=load,
@@ -458,9 +509,13 @@ class _Pixels:
             pin_memory=self.device.type == "cuda",
             multiprocessing_context="fork" if self.workers else None,  # other ways cannot hand over a Split's functions
         ):
-            if isinstance(pixels, InputError):
-                raise pixels
-            yield pixels.to(self.device, non_blocking=True)
+            if isinstance(batch, InputError):
+                raise batch
+            pixels, sources, unreadable = batch
+            for found in unreadable:
+                self.unreadable.update(found)
+            self._check_share()
+            yield pixels.to(self.device, non_blocking=True), sources
 
 
 def pad_crop_flip(pixels: torch.Tensor, shifts: torch.Tensor, flips: torch.Tensor, pad: int) -> torch.Tensor:
@@ -497,14 +552,14 @@ class TrainLoader:
     batch has nothing for a rank, it gets one image whose target is IGNORE, so that all ranks take the same steps.
     """
 
-    def __init__(self, split: Split, name: str, image_size: int, batch_size: int, world, workers: int, *, seed: int, augment: bool):
+    def __init__(self, split: Split, name: str, image_size: int, batch_size: int, world, workers: int, *, seed: int, augment: bool, skip_unreadable: bool = False):
         protocol = PROTOCOLS[name]
         self.batch_size, self.image_size, self.seed, self.augment = batch_size, image_size, seed, augment
         self.world = world
         self.resized_crop = protocol.resized_crop and augment
         side = protocol.stored_size or image_size
-        self.pixels = _Pixels(split, side, world, workers, resized_crop=self.resized_crop)
-        self.targets = split.targets
+        self.pixels = _Pixels(split, side, world, workers, skip_unreadable=skip_unreadable, resized_crop=self.resized_crop)
+        self.targets, self.num_samples = split.targets, len(split)
 
     def __len__(self) -> int:
         """The number of steps in an epoch."""
@@ -516,8 +571,8 @@ class TrainLoader:
         batches = order.split(self.batch_size)[start:]
         runs = [torch.arange(len(batch)).tensor_split(self.world.size)[self.world.rank] for batch in batches]
         mine = [batch[run if len(run) else slice(1)] for batch, run in zip(batches, runs, strict=True)]
-        for step, pixels in enumerate(self.pixels.fetch(mine, crop_key=(self.seed, epoch))):
-            run, targets = runs[step], self.targets[mine[step]]
+        for step, (pixels, sources) in enumerate(self.pixels.fetch(mine, crop_key=(self.seed, epoch))):
+            run, targets = runs[step], self.targets[sources]
             if not len(run):
                 run, targets = torch.arange(1), torch.full_like(targets, IGNORE)
             if self.augment:
@@ -537,7 +592,7 @@ class EvalLoader:
     targets (B,)). Whole batches are dealt to the ranks in turn, so a sample's batch is the same for any number of
     processes, and so are its features to the last bit."""
 
-    def __init__(self, split: Split, name: str, image_size: int, batch_size: int, world, workers: int):
+    def __init__(self, split: Split, name: str, image_size: int, batch_size: int, world, workers: int, *, skip_unreadable: bool = False):
         protocol = PROTOCOLS[name]
         self.image_size, self.device, self.targets, self.num_samples = image_size, world.device, split.targets, len(split)
         batches = torch.arange(len(split)).split(batch_size)[world.rank :: world.size]
@@ -545,13 +600,12 @@ class EvalLoader:
         self.batch_size = batch_size
         margin = 256 / 224 if protocol.resized_crop else 1.0  # ImageNet's habit: resize to 256, cut out 224
         side = protocol.stored_size or image_size
-        self.pixels = _Pixels(split.subset(self.mine.numpy()), side, world, workers, margin=margin)
+        self.pixels = _Pixels(split.subset(self.mine.numpy()), side, world, workers, margin=margin, skip_unreadable=skip_unreadable)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         local = list(torch.arange(len(self.mine)).split(self.batch_size)) if len(self.mine) else []
-        for places, pixels in zip(local, self.pixels.fetch(local), strict=True):
-            indices = self.mine[places]
-            yield indices, to_input(pixels, self.image_size), self.targets[indices].to(self.device)
+        for places, (pixels, sources) in zip(local, self.pixels.fetch(local), strict=True):
+            yield self.mine[places], to_input(pixels, self.image_size), self.targets[self.mine[sources]].to(self.device)
 
 
 

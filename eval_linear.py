@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None):
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     path = result_path(args, "eval_linear.json")
-    world = init_world(args.device)
+    world = init_world(args.device, args.timeout_minutes)
     train, val, classes = frozen_features(args, world)
     if world.rank != 0:
         return

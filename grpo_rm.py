@@ -353,8 +353,9 @@ class World:
     device: torch.device
 
 
-def init_world(device: str = "auto") -> World:
-    """Join torchrun's process group (nccl on GPUs, gloo on the CPU). device: "auto", "cpu" or "cuda"."""
+def init_world(device: str = "auto", timeout_minutes: float = 10) -> World:
+    """Join torchrun's process group (nccl on GPUs, gloo on the CPU). device: "auto", "cpu" or "cuda". A process that waits
+    for another longer than timeout_minutes gives up."""
     rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     size = int(os.environ.get("WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available() and device != "cpu"
@@ -367,7 +368,7 @@ def init_world(device: str = "auto") -> World:
         torch.cuda.set_device(device)
     if size > 1:
         backend = "nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device if cuda else None)
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), device_id=device if cuda else None)
     return World(rank, local_rank, size, device)
 
 
@@ -461,6 +462,9 @@ def training_step(model, old_policy, optimizer, scaler, images, targets, args, w
         meter.add({"samples": samples.double()})
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+    if not scaler.is_enabled():  # fused Adam then does nothing, on the device, from the first gradient on that is not finite
+        bad = (~norm.isfinite()).float()
+        optimizer.found_inf = torch.maximum(getattr(optimizer, "found_inf", bad), bad)
     scaler.step(optimizer)  # line 9
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -473,7 +477,7 @@ def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args
 
     `loader.epoch(e, start)` yields this rank's (images, targets) and len(loader) is the number of steps in an epoch;
     `validate()` gives numbers for the epoch's log line. Leaves config.json, log.jsonl, checkpoint.pt, backbone.pth and
-    head.pth in args.output_dir; with args.resume it goes on from the checkpoint there. Raises InputError and Diverged.
+    head.pth in args.output_dir; with args.resume it goes on from the checkpoint there. Raises InputError, Diverged and Stopped.
     """
     old_policy = None
     if args.method == "grpo_rm":
@@ -483,7 +487,7 @@ def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args
     model = DistributedDataParallel(policy, device_ids=gpus) if world.size > 1 else policy
     backbone = [parameter for parameter in policy.backbone.parameters() if parameter.requires_grad]
     groups = [{"params": backbone, "factor": 1.0}, {"params": list(policy.head.parameters()), "factor": args.head_lr_factor}]
-    optimizer = torch.optim.Adam(groups, lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.Adam(groups, lr=args.lr, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")
 
     steps_per_epoch = len(loader)
@@ -491,32 +495,43 @@ def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args
     last_step = min(total_steps, args.max_steps or total_steps)
     refresh_every = args.old_policy_every or steps_per_epoch
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
-    run = Run(args, world, steps_per_epoch, policy=policy, old_policy=old_policy, optimizer=optimizer, scaler=scaler)
-    step = run.start()
-    run.say(f"{args.method} of {args.backbone} on {args.dataset}: {last_step} steps, {steps_per_epoch} an epoch, on {world.size} x {world.device.type}, "
-            f"amp {args.amp}, lr {args.lr:g} to {args.lr_end:g} -> {args.output_dir}", file=sys.stdout)
-    if args.method == "grpo_rm" and args.ratio_floor:
-        run.say(f"ratio floor {args.ratio_floor:g}: rho = p / (q + {args.ratio_floor:g}/c); Eq. (1) to the letter is --ratio-floor 0", file=sys.stdout)
+    with Run(args, world, loader, policy=policy, old_policy=old_policy, optimizer=optimizer, scaler=scaler) as run:
+        step = run.start()
+        for line in announcement(args, world, steps_per_epoch, last_step):
+            run.say(line, file=sys.stdout)
+        for epoch in range(run.open_epoch(step), args.epochs):  # line 2
+            if step >= last_step and not run.epoch_sums:
+                break
+            batches = loader.epoch(epoch, start=step - epoch * steps_per_epoch)
+            for images, targets in itertools.islice(batches, max(0, last_step - step)):  # line 4
+                if old_policy is not None and step % refresh_every == 0:
+                    copy_policy(old_policy, policy)  # line 3: pi_old <- pi
+                lr = learning_rate(step, total_steps, warmup_steps, args.lr, args.lr_end)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group["factor"]
+                sums = training_step(model, old_policy, optimizer, scaler, images, targets, args, world)  # lines 5 to 9
+                step += 1
+                run.record(step, lr, sums)
+            if step % steps_per_epoch == 0:
+                due = epoch + 1 == args.epochs or (epoch + 1) % args.eval_every == 0
+                run.end_epoch(step, validate if due else None)
+            else:  # --max-steps ends within the epoch
+                run.flush(step)
+            run.save(step)
+        run.export("head.pth", policy.head)
+        run.export("backbone.pth", policy.backbone)  # last: where it is, the run is whole
 
-    for epoch in range(step // steps_per_epoch, args.epochs):  # line 2
-        if step >= last_step:
-            break
-        batches = loader.epoch(epoch, start=step % steps_per_epoch)
-        for images, targets in itertools.islice(batches, last_step - step):  # line 4
-            if old_policy is not None and step % refresh_every == 0:
-                copy_policy(old_policy, policy)  # line 3: pi_old <- pi
-            lr = learning_rate(step, total_steps, warmup_steps, args.lr, args.lr_end)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["factor"]
-            stats = training_step(model, old_policy, optimizer, scaler, images, targets, args, world)  # lines 5 to 9
-            step += 1
-            run.record(step, lr, stats)
-        if step % steps_per_epoch == 0:
-            due = epoch + 1 == args.epochs or (epoch + 1) % args.eval_every == 0
-            run.end_epoch(step, lr, validate if due else None)
-        run.save(step, lr)
-    run.export("head.pth", policy.head)
-    run.export("backbone.pth", policy.backbone)  # last: where it is, the run is whole
+
+def announcement(args: argparse.Namespace, world: World, steps_per_epoch: int, last_step: int) -> list[str]:
+    """The first lines of a run: what it does, and where it departs from the paper."""
+    lines = [
+        f"{args.method} of {args.backbone} on {args.dataset}: {last_step} steps, {steps_per_epoch} an epoch, on {world.size} x {args.device}, "
+        f"amp {args.amp}, lr {args.lr:g} to {args.lr_end:g} -> {args.output_dir}"
+    ]
+    if args.method == "grpo_rm" and args.ratio_floor:
+        floor = f"{args.ratio_floor:g}"
+        lines.append(f"ratio floor {floor}: rho = p / (q + {floor}/c); Eq. (1) to the letter is --ratio-floor 0")
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -582,6 +597,7 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto is cuda where there is one")
     group.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision; auto is bf16 on GPUs that have it, else off")
     group.add_argument("--workers", type=number(0, kind=int), default=min(8, os.cpu_count() or 1), help="decoding threads or processes of each rank")
+    group.add_argument("--timeout-minutes", type=number(0, open_low=True), default=10.0, help="how long a process waits for the others before it gives up")
 
 
 def add_training_arguments(parser: ArgumentParser, *, lr: float, lr_end: float, batch_size: int) -> None:
@@ -590,6 +606,7 @@ def add_training_arguments(parser: ArgumentParser, *, lr: float, lr_end: float, 
     group = parser.add_argument_group("training data")
     group.add_argument("--train-fraction", type=number(0, 1, open_low=True), default=1.0, help="random share of the training set, the same for both methods")
     group.add_argument("--augment", choices=["default", "none"], default="default", help="default: crop after zero padding and flip; ImageNet: random resized crop and flip")
+    group.add_argument("--skip-unreadable", action="store_true", help="let the next sample stand in for a file that cannot be read, and list it in the log; stop at 1 %% of them")
 
     group = parser.add_argument_group("objective")
     group.add_argument("--method", choices=["grpo_rm", "finetune"], default="grpo_rm", help="finetune is cross-entropy on the same network, batches and schedule")

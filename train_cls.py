@@ -56,17 +56,17 @@ def head_accuracy(policy: Policy, loader: EvalLoader, amp: str, world: World) ->
 @stage
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    world = init_world(args.device)
+    world = init_world(args.device, args.timeout_minutes)
     resolve_training_arguments(args, world, **PAPER)
     train_split, val_split, backbone = load_data_and_backbone(args, world)
     train_split = fraction(train_split, args.train_fraction, args.seed)
     head = ClassificationHead(backbone.embed_dim, len(train_split.classes), args.hidden_dim)
     policy = Policy(backbone, head).to(world.device)  # line 1 of Algorithm 1
 
-    data = (args.dataset, args.image_size)
+    data, skip = (args.dataset, args.image_size), args.skip_unreadable
     augment = args.augment == "default"
-    loader = TrainLoader(train_split, *data, args.batch_size, world, args.workers, seed=args.seed, augment=augment)
-    val_loader = EvalLoader(val_split, *data, 256, world, args.workers)
+    loader = TrainLoader(train_split, *data, args.batch_size, world, args.workers, seed=args.seed, augment=augment, skip_unreadable=skip)
+    val_loader = EvalLoader(val_split, *data, 256, world, args.workers, skip_unreadable=skip)
     train(policy, loader, lambda: head_accuracy(policy, val_loader, args.amp, world), args, world)
 
 

@@ -83,7 +83,7 @@ def test_real_images(tmp_path):
     schedule = ["--batch-size", "100", "--lr", "1e-3", "--epochs", "4", "--eval-every", "4"]
     train_cls.main([*common, *schedule, "--output-dir", str(tmp_path / "run")])
     eval_linear.main([*common, "--weights", str(tmp_path / "run" / "backbone.pth")])
-    assert json.loads((tmp_path / "run" / "eval_linear.json").read_text())["top1"] > 1.5  # chance is 0.5 % +- 0.22
+    assert json.loads((tmp_path / "run" / "eval_linear.json").read_text())["top1"] > 1.2  # chance is 0.5 % +- 0.22
 
 
 SHAPES = [*TINY, "--batch-size", "50", "--epochs", "1"]
