@@ -217,7 +217,7 @@ class Run:
         self.window, self.epoch_sums, self.lr = Meter(), {}, args.lr  # since the last log line; since the epoch began
         self.first_bad: dict[str, torch.Tensor] = {}  # the first step at which a number was not finite, 0 if none
         self.window_started = self.saved = time.monotonic()
-        self.warned, self.signal = False, 0
+        self.warned, self.signal, self.log_lines = False, 0, 0
         # The ranks agree over the CPU: no step waits for a GPU.
         self.control = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.bar = tqdm(total=self.steps_per_epoch, leave=False, disable=None if world.rank == 0 else True)
@@ -236,7 +236,7 @@ class Run:
 
     def start(self) -> int:
         """Restore the parts from the checkpoint, where args.resume asks for it and there is one; write config.json;
-        drop the log's lines from after that checkpoint. Returns the step to go on from. Raises InputError."""
+        drop the log's lines from after that checkpoint, which will come again. Returns the step to go on from. Raises InputError."""
         if not self.args.resume and (self.newest.exists() or self.previous.exists()):
             raise InputError(f"--output-dir {self.directory} already holds a run; add --resume to go on with it, or choose another")
         check_writable(self.newest)
@@ -249,9 +249,7 @@ class Run:
                 raise InputError(f"--resume: the processes find different checkpoints in {self.directory}; all nodes must see one directory")
         if self.world.rank == 0:
             write_json(self.directory / "config.json", vars(self.args) | environment(self.world))
-            kept = [event for event in read_log(self.directory / "log.jsonl") if event["step"] <= step] if step else []
-            if self.epoch_sums:  # saved between an epoch's last step and its end: the epoch's line comes again
-                kept = [event for event in kept if event["event"] != "epoch" or event["step"] < step]
+            kept = read_log(self.directory / "log.jsonl")[: self.log_lines]
             self.unreadable_logged = {event["reason"] for event in kept if event["event"] == "unreadable"}
             text = "".join(to_json(event) + "\n" for event in kept)
             write_atomically(self.directory / "log.jsonl", lambda file: file.write_text(text))
@@ -286,7 +284,7 @@ class Run:
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = f"the checkpoint in {self.directory} is not of this network ({first_line(error)})"
             raise InputError(f"--resume: {reason}; have the classes or the backbone changed?") from error
-        self.epoch_sums, self.lr = state["epoch_sums"], state["lr"]
+        self.epoch_sums, self.lr, self.log_lines = state["epoch_sums"], state["lr"], state["log_lines"]
         if len(state["ranks"]) == self.world.size:
             mine = state["ranks"][self.world.rank]
             self.window.sums = {name: value.to(self.world.device) for name, value in mine["window"].items()}
@@ -404,7 +402,8 @@ class Run:
         self.saved = time.monotonic()
         if self.world.rank == 0:
             state = {name: part.state_dict() if part is not None else None for name, part in self.parts.items()}
-            state |= {"step": step, "lr": self.lr, "epoch_sums": self.epoch_sums, "ranks": ranks, "args": vars(self.args)}
+            state |= {"step": step, "lr": self.lr, "epoch_sums": self.epoch_sums, "log_lines": self.log_lines}
+            state |= {"ranks": ranks, "args": vars(self.args)}
 
             def write(file: Path) -> None:
                 torch.save(state, file)
@@ -433,6 +432,7 @@ class Run:
         if self.world.rank != 0:
             return
         line = {"event": event, "epoch": max(0, step - 1) // self.steps_per_epoch, "step": step} | values
+        self.log_lines += 1
         try:
             with open(self.directory / "log.jsonl", "a") as file:
                 file.write(to_json(line) + "\n")

@@ -230,11 +230,7 @@ def _tiny_imagenet_splits(root: Path, download: bool) -> tuple[Split, Split]:
     home = root / "tiny-imagenet-200"
     remedy = f"remove what is there and add --download, or unpack tiny-imagenet-200.zip into {root} again"
     if download and not home.is_dir():
-        url = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-        try:
-            download_and_extract_archive(url, str(root), md5="90528d7ca1a48142e341f4ef8d21d0de")
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"--download: {url} failed ({first_line(error)}); fetch it by hand into {root}") from error
+        _download_zip("http://cs231n.stanford.edu/tiny-imagenet-200.zip", root, "90528d7ca1a48142e341f4ef8d21d0de")
     for needed in ("wnids.txt", "train", "val/val_annotations.txt", "val/images"):
         if not (home / needed).exists():
             raise InputError(f"tiny_imagenet: {home / needed} is missing; {remedy}")
@@ -259,6 +255,14 @@ def _tiny_imagenet_splits(root: Path, download: bool) -> tuple[Split, Split]:
     train = [(file, index[wnid]) for wnid, files in train_files.items() for file in files]
     val = [(str(home / "val" / "images" / file), index[wnid]) for file, wnid in rows]
     return _file_split(classes, train), _file_split(classes, val)
+
+
+def _download_zip(url: str, root: Path, md5: str) -> None:
+    """Fetch and unpack an archive into `root`; nothing is unpacked before its MD5 sum is right."""
+    try:
+        download_and_extract_archive(url, str(root), md5=md5)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"--download: {url} failed ({first_line(error)}); fetch it by hand into {root}") from error
 
 
 def _imagenet_splits(root: Path) -> tuple[Split, Split]:

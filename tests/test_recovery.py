@@ -1,0 +1,303 @@
+"""What happens when things break: signals, kills, lost processes, bad numbers, bad files, full disks."""
+
+import functools
+import hashlib
+import http.server
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+
+import pytest
+import torch
+from conftest import CPU, ROOT, TINY, free_port, run_script, stderr_of, write_image
+from soak_resume import children, log_without_speed, soak
+
+import data
+import grpo_rm
+import train_cls
+from checkpoint import read_log
+from data import Diverged, InputError, TrainLoader, draw_shapes_split, load_splits
+from grpo_rm import ClassificationHead, Policy, VitTiny, init_world, train
+
+RUN = [*TINY, "--batch-size", "20", "--lr", "1e-3", "--epochs", "4", "--log-every", "4"]  # 5 steps an epoch
+
+
+def at_step(monkeypatch, step: int, action) -> None:
+    """Let `action` happen while the `step`-th training step is computed."""
+    original, count = grpo_rm.training_step, iter(range(1, 10**9))
+
+    def spy(*arguments):
+        if next(count) == step:
+            action()
+        return original(*arguments)
+
+    monkeypatch.setattr(grpo_rm, "training_step", spy)
+
+
+def same_weights(one, other) -> bool:
+    states = [torch.load(directory / "backbone.pth", weights_only=True) for directory in (one, other)]
+    return all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("whole")
+    train_cls.main([*RUN, "--output-dir", str(directory)])
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "step"),
+    [(signal.SIGTERM, 143, 7), (signal.SIGUSR1, 143, 10), (signal.SIGINT, 130, 1)],
+    ids=["SIGTERM within an epoch", "SIGUSR1 at its last step", "Ctrl-C at the first"],
+)
+def test_a_signal_saves_within_one_step_and_the_run_goes_on_exactly(number, status, step, whole, tmp_path, capsys, monkeypatch):
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        at_step(patch, step, lambda: os.kill(os.getpid(), number))
+        message = stderr_of(capsys, train_cls.main, *RUN, "--output-dir", tmp_path, status=status)
+    assert f"{number.name}: saved at step {step}" in message and signal.getsignal(number) is before
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == step
+    assert not (tmp_path / "backbone.pth").exists()
+    train_cls.main([*RUN, "--output-dir", str(tmp_path), "--resume"])
+    assert same_weights(whole, tmp_path) and log_without_speed(whole) == log_without_speed(tmp_path)
+
+
+def test_sigterm_to_torchrun_saves_on_all_ranks_and_resumes_exactly(tmp_path):
+    """The real thing: a signal to the launcher, which passes it on; then the same command again."""
+    flags = [*RUN, "--epochs", "40"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train_cls.py"), *flags]
+    process = subprocess.Popen(
+        [*launch, "--output-dir", str(tmp_path / "stopped"), "--resume"], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: len(read_log(tmp_path / "stopped" / "log.jsonl")) > 3, process)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=60)[1]
+    assert errors.count("SIGTERM: saved at step") == 2, errors  # one line a rank
+    steps = re.findall(r"saved at step (\d+)", errors)
+    assert steps[0] == steps[1] == str(torch.load(tmp_path / "stopped" / "checkpoint.pt", weights_only=True)["step"])
+    for name, extra in (("stopped", ["--resume"]), ("whole", [])):
+        assert run_script("train_cls.py", *flags, "--output-dir", tmp_path / name, *extra, nproc=2).returncode == 0
+    assert same_weights(tmp_path / "whole", tmp_path / "stopped")
+    assert log_without_speed(tmp_path / "whole") == log_without_speed(tmp_path / "stopped")
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_soak(nproc, tmp_path):
+    """The short form of soak_resume.py."""
+    soak(kills=4 if nproc == 1 else 2, nproc=nproc, seed=nproc, root=tmp_path)
+
+
+def test_two_nodes_survive_the_death_of_a_worker(tmp_path):
+    """Two torchrun agents on loopback; one worker is killed, both agents restart theirs from the newest checkpoint."""
+    flags = [*RUN, "--epochs", "30", "--checkpoint-minutes", "0"]
+    port = free_port()
+
+    def agent() -> subprocess.Popen:
+        launch = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv-backend=c10d"]
+        launch += [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test", "--local-addr=127.0.0.1"]
+        command = [sys.executable, *launch, str(ROOT / "train_cls.py"), *flags, "--output-dir", str(tmp_path / "nodes"), "--resume"]
+        return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+
+    agents = [agent(), agent()]
+    wait_for(lambda: len(read_log(tmp_path / "nodes" / "log.jsonl")) > 3, agents[0])
+    os.kill(children(agents[1].pid)[-1], signal.SIGKILL)
+    errors = [process.communicate(timeout=200)[1] for process in agents]
+    assert [process.returncode for process in agents] == [0, 0], errors
+    assert any("resuming" in error for error in errors)
+    assert run_script("train_cls.py", *flags, "--output-dir", tmp_path / "whole", nproc=2).returncode == 0
+    assert same_weights(tmp_path / "whole", tmp_path / "nodes")
+    assert log_without_speed(tmp_path / "whole") == log_without_speed(tmp_path / "nodes")
+
+
+def poisoned(rank: int, port: int, directory: str, kind: str) -> None:
+    """Rank 1's seventh loss (or its gradient) is not finite: both ranks must stop, with the weights of step 6."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    world = init_world("cpu")
+    args = train_cls.parse_args([*RUN, "--method", "finetune", "--output-dir", directory, "--log-every", "4"])
+    grpo_rm.resolve_training_arguments(args, world, **train_cls.PAPER)
+    torch.manual_seed(0)
+    policy = Policy(VitTiny().eval(), ClassificationHead(96, 10))
+    loader = TrainLoader(draw_shapes_split(100, seed=0), "shapes", 42, 20, world, 1, seed=0, augment=True)
+    original, calls, seen = grpo_rm.training_step, iter(range(1, 10**9)), {}
+    loss_function = grpo_rm.cross_entropy_loss
+
+    def poison(logits, targets, **options):
+        loss, stats = loss_function(logits, targets, **options)
+        if seen["step"] == 7 and rank == 1:
+            if kind == "loss":
+                loss = loss * math.nan
+                stats["loss"] = loss.detach()
+            else:
+                loss = loss + (0 * logits).sum().abs().sqrt()  # adds 0, with a slope of infinity times 0
+        return loss, stats
+
+    def spy(*arguments):
+        seen["step"] = next(calls)
+        if seen["step"] == 7:
+            seen["before"] = [parameter.detach().clone() for parameter in policy.parameters()]
+        return original(*arguments)
+
+    grpo_rm.training_step, grpo_rm.cross_entropy_loss = spy, poison
+    with pytest.raises(Diverged) as error:
+        train(policy, loader, dict, args, world)
+    expected = "the loss is not finite at step 7 on rank 1" if kind == "loss" else "the gradient is not finite at step 7;"
+    assert expected in str(error.value), str(error.value)
+    assert all(torch.equal(a, b) for a, b in zip(seen["before"], policy.parameters(), strict=True))
+    assert torch.load(f"{directory}/checkpoint.pt", weights_only=True)["step"] == 5
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_number_that_is_not_finite_on_one_rank_stops_all_before_the_update(kind, tmp_path):
+    torch.multiprocessing.spawn(poisoned, (free_port(), str(tmp_path), kind), nprocs=2)
+
+
+def test_fp16_overflow_skips_a_step_and_is_no_error(tmp_path, monkeypatch):
+    policies, scales = [], []
+    original, scaler_class = grpo_rm.training_step, torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler_class(*a, init_scale=2.0**120, **k))  # overflows for sure
+
+    def spy(model, old_policy, optimizer, scaler, *rest):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        sums = original(model, old_policy, optimizer, scaler, *rest)
+        policies.append(all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)))
+        scales.append(scaler.get_scale())
+        return sums
+
+    monkeypatch.setattr(grpo_rm, "training_step", spy)
+    train_cls.main([*RUN, "--amp", "fp16", "--epochs", "1", "--output-dir", str(tmp_path)])
+    assert policies[0] and scales[0] == 2.0**119  # skipped, and the scale halved
+    assert (tmp_path / "backbone.pth").exists()
+
+
+@pytest.fixture
+def damaged_folder(tmp_path):
+    """200 training images of two classes, one of them unreadable."""
+    for i in range(200):
+        write_image(tmp_path / "images" / "train" / f"class{i % 2}" / f"{i:03}.png", i)
+    write_image(tmp_path / "images" / "val" / "class0" / "0.png", 0)
+    (tmp_path / "images" / "train" / "class1" / "101.png").write_bytes(b"no image")
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_skip_unreadable(damaged_folder, stream, tmp_path, capsys, monkeypatch):
+    if stream:
+        monkeypatch.setattr(data, "RESIDENT_BYTES", 0)
+    command = ["--dataset", "folder", "--data-root", damaged_folder, "--backbone", "vit_tiny", "--image-size", "28", "--device", "cpu"]
+    command += ["--batch-size", "50", "--epochs", "2", "--workers", "1", "--output-dir", tmp_path / "run"]
+    assert "class1/101.png cannot be read" in stderr_of(capsys, train_cls.main, *command)
+    for file in (tmp_path / "run").glob("*") if stream else ():
+        file.unlink()
+    train_cls.main([str(part) for part in [*command, "--skip-unreadable"]])
+    (event,) = [event for event in read_log(tmp_path / "run" / "log.jsonl") if event["event"] == "unreadable"]
+    assert "class1/101.png cannot be read" in event["reason"] and event["count"] == 1
+    split, _ = load_splits("folder", str(damaged_folder))
+    loader = TrainLoader(split, "folder", 28, 50, CPU, 1, seed=0, augment=False, skip_unreadable=True)
+    batches = list(loader.epoch(0))
+    assert sum(len(images) for images, _ in batches) == 200
+    bad = split.targets.tolist().index(1) + 50  # the sorted place of 101.png: its stand-in is the next of its class
+    order = torch.randperm(200, generator=data.random_generator(data.ORDER, 0, 0)).tolist()
+    images = torch.cat([images for images, _ in batches])
+    assert torch.equal(images[order.index(bad)], images[order.index(bad + 1)])
+    for i in (111, 121):  # three of 200 are more than 1 %
+        (damaged_folder / "train" / "class1" / f"{i}.png").write_bytes(b"no image")
+    shutil.rmtree(tmp_path / "run")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        train_cls.main([str(part) for part in [*command, "--skip-unreadable"]])
+    assert exit_.value.code == 2 and "3 of 200 images cannot be read, more than 1 %" in capsys.readouterr().err
+
+
+def test_an_image_that_one_rank_cannot_read_ends_all_without_a_traceback(damaged_folder, tmp_path):
+    command = ["--dataset", "imagenet", "--data-root", damaged_folder, "--backbone", "vit_tiny", "--image-size", "28", "--device", "cpu"]
+    done = run_script("train_cls.py", *command, "--batch-size", "50", "--workers", "1", "--output-dir", tmp_path / "run", nproc=2)
+    assert done.returncode != 0 and "class1/101.png cannot be read" in done.stderr
+    assert 'train_cls.py", line' not in done.stderr, done.stderr
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(whole, tmp_path):
+    """No file may grow beyond 1 MiB: the checkpoint does not fit, and the one before it stays."""
+    train_cls.main([*RUN, "--max-steps", "5", "--output-dir", str(tmp_path)])
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_cls.py"), *RUN, "--output-dir", str(tmp_path), "--resume"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)),
+    )
+    assert done.returncode == 2, done.stderr
+    assert "cannot write" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before and not list(tmp_path.glob(".*"))
+    train_cls.main([*RUN, "--output-dir", str(tmp_path), "--resume"])
+    assert same_weights(whole, tmp_path)
+
+
+def test_an_output_directory_that_vanishes(tmp_path, capsys, monkeypatch):
+    at_step(monkeypatch, 3, lambda: shutil.rmtree(tmp_path / "run"))
+    assert "log.jsonl" in stderr_of(capsys, train_cls.main, *RUN, "--output-dir", tmp_path / "run")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_output_directory(tmp_path, capsys):
+    (tmp_path / "run").mkdir(mode=0o500)
+    assert "cannot write" in stderr_of(capsys, train_cls.main, *RUN, "--output-dir", tmp_path / "run")
+
+
+def test_an_archive_is_checked_first_and_cannot_write_outside(tmp_path):
+    served, root = tmp_path / "served", tmp_path / "a" / "b"
+    served.mkdir()
+    root.mkdir(parents=True)
+    with zipfile.ZipFile(served / "evil.zip", "w") as file:
+        file.writestr("../outside.txt", "written outside")
+        file.writestr("inside.txt", "fine")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=served)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/evil.zip"
+        with pytest.raises(InputError, match=r"fetch it by hand"):
+            data._download_zip(url, root, "0" * 32)
+        assert not (root / "inside.txt").exists()
+        data._download_zip(url, root, hashlib.md5((served / "evil.zip").read_bytes()).hexdigest())
+        server.shutdown()
+    assert (root / "inside.txt").exists() and not list((tmp_path / "a").glob("*.txt"))
+
+
+def test_nothing_is_unpickled_freely_or_evaluated():
+    """Every torch.load asks for weights_only=True, and no file's text is ever run."""
+    for file in ROOT.glob("*.py"):
+        source = file.read_text()
+        loads = re.findall(r"torch\.load\((?!.*weights_only=True).*", source)
+        assert not loads and not re.search(r"(?<![.\w])(eval|exec|pickle\.loads?)\(", source), file
+
+
+def test_log_lines_are_valid_json_after_everything(whole):
+    for line in (whole / "log.jsonl").read_text().splitlines():
+        assert {"event", "epoch", "step"} <= json.loads(line).keys()
+
+
+def test_global_batch_of_an_empty_rank_is_harmless(whole):
+    """3 samples on 4 ranks: the last rank's only target is ignored."""
+    world = grpo_rm.World(3, 3, 4, torch.device("cpu"))
+    ((images, targets),) = TrainLoader(draw_shapes_split(3, seed=0), "shapes", 42, 20, world, 1, seed=0, augment=True).epoch(0)
+    assert len(images) == 1 and targets.tolist() == [data.IGNORE]
