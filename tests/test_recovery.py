@@ -91,6 +91,31 @@ def test_sigterm_to_torchrun_saves_on_all_ranks_and_resumes_exactly(tmp_path):
     assert log_without_speed(tmp_path / "whole") == log_without_speed(tmp_path / "stopped")
 
 
+def test_the_slurm_job_of_the_readme_saves_and_is_queued_again(tmp_path):
+    """The script as printed, on one node of two processes, with stand-ins for srun and scontrol."""
+    (script,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    port, flags = free_port(), " ".join([*RUN, "--epochs 40", "--output-dir", str(tmp_path / "run")])
+    for old, new in (("--nnodes=2", "--nnodes=1"), ("=4 ", "=2 "), (":29500", f":{port}"), ("--dataset tiny_imagenet", flags), ("train_cls.py", str(ROOT / "train_cls.py"))):
+        assert old in script, old
+        script = script.replace(old, new)
+    commands = {
+        "srun": 'exec "$@"',
+        "scontrol": f'[ "$1" = show ] && echo 127.0.0.1 || echo "$@" > {tmp_path}/queued',
+        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+    }
+    for name, body in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "job").write_text(script)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(["bash", str(tmp_path / "job")], env=os.environ | environment, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(read_log(tmp_path / "run" / "log.jsonl")) > 3, job)
+    job.send_signal(signal.SIGTERM)
+    errors = job.communicate(timeout=60)[1]
+    assert (tmp_path / "queued").read_text().split() == ["requeue", "7"] and "SIGTERM: saved at step" in errors
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] > 0
+
+
 def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():

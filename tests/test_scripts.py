@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import textwrap
+import types
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from conftest import ROOT, TINY, run_script, stderr_of, write_image
 
 import eval_knn
 import eval_linear
+import grpo_rm
 import train_cls
 
 REAL_DATA = Path(os.environ.get("GRPO_RM_TEST_DATA", ROOT / ".." / "shared" / "data"))
@@ -23,6 +27,25 @@ def test_help_is_the_manual(script):
     done = run_script(script, "--help")
     assert done.returncode == 0
     assert (ROOT / script).read_text().split('"""')[1].splitlines()[0] in done.stdout
+
+
+def test_the_readmes_reward_in_three_lines():
+    """What README.md says to write below the sum of the rewards works, and changes what it says."""
+    (code,) = re.findall(r"```python\n(solved = .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    source = (ROOT / "grpo_rm.py").read_text()
+    line = next(line for line in source.splitlines() if line.lstrip().startswith("rewards = accuracy_weight"))
+    changed = source.replace(line, line + "\n" + textwrap.indent(code, "    "))
+    module = types.ModuleType("changed")
+    exec(compile(changed.split("# Policy\n")[0], "changed", "exec"), module.__dict__)
+    old = torch.tensor([[3.0, 0.0, 0.0], [0.0, 3.0, 0.0]])
+    for logits in (old, old + 0.1):
+        theirs, ours = (m.grpo_rm_loss(logits.clone().requires_grad_(), old, torch.tensor([0, 0])) for m in (module, grpo_rm))
+        assert theirs[1].keys() == ours[1].keys()
+    rewards = grpo_rm.accuracy_reward(torch.tensor([0, 0]), 3)
+    q, targets, G = old.softmax(1), torch.tensor([0, 0]), 3
+    scope = {"torch": torch, "q": q, "targets": targets, "G": G, "rewards": rewards, "accuracy_reward": grpo_rm.accuracy_reward}
+    exec(code, scope)
+    assert scope["rewards"].tolist() == [[pytest.approx(2.7), 0, 0], [3, 0, 0]]  # only the solved sample's
 
 
 def test_chain_of_stages_and_its_continuation(tmp_path):
