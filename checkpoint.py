@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -219,7 +220,8 @@ class Run:
         self.window_started = self.saved = time.monotonic()
         self.warned, self.signal, self.log_lines = False, 0, 0
         # The ranks agree over the CPU: no step waits for a GPU.
-        self.control = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        timeout = timedelta(minutes=args.timeout_minutes)
+        self.control = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         self.bar = tqdm(total=self.steps_per_epoch, leave=False, disable=None if world.rank == 0 else True)
 
     def __enter__(self) -> "Run":

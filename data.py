@@ -113,7 +113,7 @@ def stage(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | Non
         except RuntimeError as error:
             if not LOST.search(str(error)):
                 raise
-            status, message = 1, "error: another process ended; its own message says why"
+            status, message = 1, "error: another process ended or hangs; its own message says why"
         else:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()

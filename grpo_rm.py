@@ -372,6 +372,16 @@ def init_world(device: str = "auto", timeout_minutes: float = 10) -> World:
     return World(rank, local_rank, size, device)
 
 
+def make_deterministic(backbone: nn.Module) -> None:
+    """Let torch use deterministic kernels only (RuntimeError where an operation has none). The backward pass of the bicubic
+    interpolation of position embeddings has none on GPUs, so these are not trained."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    for name, parameter in backbone.named_parameters():
+        if name.rpartition(".")[2] in ("pos_embed", "pos_embedding"):
+            parameter.requires_grad_(False)
+
+
 @contextlib.contextmanager
 def one_rank_first(world: World) -> Iterator[None]:
     """Rank 0, then one rank of every other node, then all others: a download happens once, with or without a file
@@ -630,6 +640,7 @@ def add_training_arguments(parser: ArgumentParser, *, lr: float, lr_end: float, 
     group.add_argument("--hidden-dim", type=number(1, kind=int), default=256, help="width of the head; the paper's is 256")
 
     group = parser.add_argument_group("run")
+    group.add_argument("--deterministic", action="store_true", help="the same bits in every run on the same GPUs; position embeddings are then not trained, for their interpolation has no deterministic gradient there")
     group.add_argument("--output-dir", help="default: runs/<dataset>/<method>/seed<seed>")
     group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --output-dir, or start where there is none")
     group.add_argument("--checkpoint-minutes", type=number(0), default=10.0, help="checkpoint that often within an epoch, besides at its end")

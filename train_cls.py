@@ -25,6 +25,7 @@ from grpo_rm import (
     autocast,
     init_world,
     load_data_and_backbone,
+    make_deterministic,
     resolve_training_arguments,
     train,
 )
@@ -59,6 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     world = init_world(args.device, args.timeout_minutes)
     resolve_training_arguments(args, world, **PAPER)
     train_split, val_split, backbone = load_data_and_backbone(args, world)
+    if args.deterministic:
+        make_deterministic(backbone)
     train_split = fraction(train_split, args.train_fraction, args.seed)
     head = ClassificationHead(backbone.embed_dim, len(train_split.classes), args.hidden_dim)
     policy = Policy(backbone, head).to(world.device)  # line 1 of Algorithm 1

@@ -72,6 +72,46 @@ def test_a_signal_saves_within_one_step_and_the_run_goes_on_exactly(number, stat
     assert same_weights(whole, tmp_path) and log_without_speed(whole) == log_without_speed(tmp_path)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+def test_deterministic_runs_and_their_continuation_are_equal_to_the_bit(device, tmp_path, monkeypatch):
+    """Twice in peace and once with a stop within an epoch; on a GPU in bf16. Position embeddings stay as they were."""
+    flags = [*RUN, "--device", device, "--deterministic"]
+    try:
+        for name in ("one", "two"):
+            train_cls.main([*flags, "--output-dir", str(tmp_path / name)])
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            at_step(patch, 8, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            train_cls.main([*flags, "--output-dir", str(tmp_path / "stopped")])
+        train_cls.main([*flags, "--output-dir", str(tmp_path / "stopped"), "--resume"])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name in ("two", "stopped"):
+        assert same_weights(tmp_path / "one", tmp_path / name)
+        assert log_without_speed(tmp_path / "one") == log_without_speed(tmp_path / name)
+    torch.manual_seed(0)
+    start, end = VitTiny().state_dict(), torch.load(tmp_path / "one" / "backbone.pth", weights_only=True)
+    changed = {name for name in start if not torch.equal(start[name], end[name])}
+    assert "vit.encoder.pos_embedding" not in changed and "vit.class_token" in changed
+
+
+def test_a_process_that_hangs_does_not_keep_the_others_waiting(tmp_path):
+    """One of two workers is frozen: the other gives up after --timeout-minutes, in one line."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train_cls.py"), *RUN]
+    command = [*launch, "--epochs", "1000", "--timeout-minutes", "0.1", "--output-dir", str(tmp_path)]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(read_log(tmp_path / "log.jsonl")) > 3, process)
+    frozen = children(process.pid)[-1]
+    os.kill(frozen, signal.SIGSTOP)
+    started = time.monotonic()
+    try:
+        errors = process.communicate(timeout=120)[1]
+    finally:
+        os.kill(frozen, signal.SIGKILL) if process.poll() is None else None
+        process.kill()
+    assert process.returncode != 0 and time.monotonic() - started < 90  # torchrun itself waits 30 s for the frozen one
+    assert "another process ended or hangs" in errors and 'train_cls.py", line' not in errors, errors
+
+
 def test_sigterm_to_torchrun_saves_on_all_ranks_and_resumes_exactly(tmp_path):
     """The real thing: a signal to the launcher, which passes it on; then the same command again."""
     flags = [*RUN, "--epochs", "40"]

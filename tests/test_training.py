@@ -315,7 +315,7 @@ def ranks_that_differ(rank: int, port: int, directory: str) -> None:
         torch.distributed.barrier()
     assert order == ([0, 2, -1] if rank == 0 else [1, 3, -1]), order
     state = {"step": 3, "epoch_sums": {}, "lr": 0.1, "log_lines": 0, "ranks": []}
-    args = argparse.Namespace(output_dir=f"{directory}/rank{rank}", resume=True, lr=0.1)
+    args = argparse.Namespace(output_dir=f"{directory}/rank{rank}", resume=True, lr=0.1, timeout_minutes=1)
     os.makedirs(args.output_dir)
     if rank == 0:
         torch.save(state | {"args": vars(args)}, f"{args.output_dir}/checkpoint.pt")
