@@ -7,7 +7,7 @@
 # From the environment, with their defaults (the demo's in brackets):
 #   SEEDS    "0 1 2 3 4" ["0 1"]             METHODS  "frozen finetune grpo_rm"
 #   NPROC    processes; the number of GPUs, or 1 [1]
-#   EPOCHS   100 [20]                        DATA_ROOT  directory of the datasets
+#   EPOCHS   100 [16]                        DATA_ROOT  directory of the datasets
 #   OUT      runs [runs/demo]                WEIGHTS    file to start from
 #   MODEL_ARGS  flags for every stage, such as "--backbone dinov2_vitb14"
 #   TRAIN_ARGS  flags for post-training only, such as "--ratio-floor 0"
@@ -19,11 +19,11 @@ here=$(cd "$(dirname "$0")" && pwd)
 if (($# == 0)); then # the demo: small batches and their learning rate, so that a small network learns in few epochs
     set -- shapes
     SEEDS=${SEEDS:-0 1}
-    EPOCHS=${EPOCHS:-20}
+    EPOCHS=${EPOCHS:-16}
     OUT=${OUT:-runs/demo}
     NPROC=${NPROC:-1}
     MODEL_ARGS=${MODEL_ARGS:---limit-train 3000}
-    TRAIN_ARGS=${TRAIN_ARGS:---batch-size 64 --lr 1e-3 --eval-every 10}
+    TRAIN_ARGS=${TRAIN_ARGS:---batch-size 64 --lr 1e-3 --eval-every 8}
 fi
 SEEDS=${SEEDS:-0 1 2 3 4}
 METHODS=${METHODS:-frozen finetune grpo_rm}
