@@ -133,10 +133,11 @@ def config_beside(weights: str | None) -> dict:
 def result_path(args: argparse.Namespace, name: str) -> Path:
     """Where an evaluation's result goes: args.output, else the file `name` beside the weights of a run on the same
     dataset, or in the directory of the frozen baseline. Raises InputError where it cannot be written."""
-    run = config_beside(args.weights).get("dataset") == args.dataset
-    directory = Path(args.weights).parent if run else Path(f"runs/{args.dataset}/frozen/seed{args.seed or 0}")
+    config = {} if args.frozen else config_beside(args.weights)
+    beside = config.get("dataset") == args.dataset
+    directory = Path(args.weights).parent if beside else Path(f"runs/{args.dataset}/frozen/seed{args.seed or 0}")
     path = Path(args.output) if args.output else directory / name
-    if not args.output and config_beside(args.weights) and not run:
+    if not args.output and config and not beside:
         raise InputError(f"--weights {args.weights} come from a run on another dataset; name the result's file with --output")
     check_writable(path)
     return path

@@ -569,7 +569,7 @@ def frozen_features(args: argparse.Namespace, world: World) -> tuple[tuple, tupl
     """What an evaluation starts from: (features, targets) of the training split, the same of the validation split, and
     the names of the classes. Fills in the arguments that were left out, from the config.json beside the weights where
     there is one: method, seed, backbone, and the image size if the dataset is the same. Raises InputError."""
-    config = config_beside(args.weights)
+    config = {} if args.frozen else config_beside(args.weights)
     args.method = config.get("method", "frozen")
     args.fit_seed = next(seed for seed in (args.seed, config.get("seed"), 0) if seed is not None)
     args.seed = config.get("seed", args.fit_seed)
@@ -653,6 +653,7 @@ def add_evaluation_arguments(parser: ArgumentParser) -> None:
     """For both evaluations of frozen features."""
     group = parser.add_argument_group("evaluation")
     group.add_argument("--batch-size", type=number(1, kind=int), default=1024, help="images in a forward pass; for the linear layer also its batch m")
+    group.add_argument("--frozen", action="store_true", help="the weights are the baseline that post-training starts from, also where they come from a run")
     group.add_argument("--output", metavar="FILE.json", help="default: beside the weights of a run, else in runs/<dataset>/frozen/seed<seed>")
     parser.set_defaults(seed=None)  # that of the run that is judged
 

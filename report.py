@@ -45,7 +45,14 @@ def find_runs(root: Path) -> list[dict]:
     for directory in sorted({path.parent for name in SCORES.values() for path in root.rglob(name)}):
         results = {score: read_json(directory / name) for score, name in SCORES.items() if (directory / name).exists()}
         files = {"config": read_json(directory / "config.json")} | results
-        settings = {(file, k): v for file, values in files.items() for k, v in values.items() if k not in NEUTRAL | {"seed", "fit_seed", "top1"}}
+        # Where a run started from and where it was stopped matter here, though not to a run that is resumed.
+        neutral = NEUTRAL | {"seed", "fit_seed", "top1"}
+        settings = {
+            (file, k): v
+            for file, values in files.items()
+            for k, v in values.items()
+            if k not in neutral or (file == "config" and k in ("weights", "max_steps"))
+        }
         first = next(iter(results.values()))
         try:
             run = {key: first[key] for key in ("dataset", "method", "seed")} | {"path": directory, "settings": settings}

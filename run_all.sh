@@ -56,7 +56,7 @@ for dataset in "$@"; do
             run=$OUT/$dataset/$method/seed$seed
             common=(--dataset "$dataset" --seed "$seed" "${model_args[@]}")
             if [[ $method == frozen ]]; then
-                judged=("${start_args[@]}")
+                judged=(--frozen "${start_args[@]}")
             else
                 stage "$run/backbone.pth" train_cls.py "${common[@]}" --method "$method" --epochs "$EPOCHS" \
                     "${start_args[@]}" "${train_args[@]}" --output-dir "$run" --resume

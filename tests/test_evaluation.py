@@ -165,6 +165,12 @@ def test_features_are_the_same_bits_on_any_number_of_processes(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(features, expected, strict=True))
 
 
+def test_weights_of_a_run_can_be_a_baseline(finished_run, tmp_path):
+    eval_knn.main([*TINY, "--weights", str(finished_run / "backbone.pth"), "--seed", "7", "--frozen", "--output", str(tmp_path / "k.json")])
+    result = json.loads((tmp_path / "k.json").read_text())
+    assert (result["method"], result["seed"]) == ("frozen", 7)
+
+
 def test_weights_of_a_run_on_another_dataset_need_an_output(finished_run, image_folder, capsys):
     command = ["--dataset", "folder", "--data-root", image_folder, "--image-size", "42", "--device", "cpu"]
     command += ["--weights", finished_run / "backbone.pth"]
@@ -206,7 +212,8 @@ def test_report_never_averages_over_settings(tmp_path):
     fake_run(tmp_path, "cifar10", "grpo_rm", 0, 50.0)
     fake_run(tmp_path, "cifar10", "grpo_rm", 1, 60.0, lr=4e-3)
     fake_run(tmp_path / "again", "cifar10", "grpo_rm", 0, 70.0)
-    assert sorted(row[4] for row in rows(tmp_path)) == ["50.00", "60.00", "70.00"]
+    fake_run(tmp_path, "cifar10", "grpo_rm", 2, 80.0, weights="pretrained.pth")
+    assert sorted(row[4] for row in rows(tmp_path)) == ["50.00", "60.00", "70.00", "80.00"]
 
 
 def test_report_averages_over_what_does_not_matter(tmp_path):

@@ -179,12 +179,17 @@ def test_two_nodes_survive_the_death_of_a_worker(tmp_path):
         launch = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv-backend=c10d"]
         launch += [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test", "--local-addr=127.0.0.1"]
         command = [sys.executable, *launch, str(ROOT / "train_cls.py"), *flags, "--output-dir", str(tmp_path / "nodes"), "--resume"]
-        return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as README.md says
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
     agents = [agent(), agent()]
     wait_for(lambda: len(read_log(tmp_path / "nodes" / "log.jsonl")) > 3, agents[0])
     os.kill(children(agents[1].pid)[-1], signal.SIGKILL)
-    errors = [process.communicate(timeout=200)[1] for process in agents]
+    try:
+        errors = [process.communicate(timeout=200)[1] for process in agents]
+    finally:
+        for process in agents:
+            process.terminate()
     assert [process.returncode for process in agents] == [0, 0], errors
     assert any("resuming" in error for error in errors)
     assert run_script("train_cls.py", *flags, "--output-dir", tmp_path / "whole", nproc=2).returncode == 0

@@ -199,4 +199,4 @@ def test_bad_input_under_torchrun_leaves_no_traceback_of_ours(tmp_path):
     write_image(tmp_path / "train" / "a" / "0.png", 0)
     done = run_script("train_cls.py", "--dataset", "folder", "--data-root", tmp_path, "--device", "cpu", "--backbone", "vit_tiny", nproc=2)
     assert done.returncode != 0
-    assert "error: [rank 0]" in done.stderr and 'train_cls.py", line' not in done.stderr
+    assert "train_cls.py: [rank 0] error: " in done.stderr and 'train_cls.py", line' not in done.stderr
