@@ -183,7 +183,7 @@ def fake_run(root, dataset, method, seed, sr, knn=None, **config):
     directory = root / dataset / method / f"seed{seed}"
     directory.mkdir(parents=True)
     base = {"dataset": dataset, "method": method, "seed": seed}
-    (directory / "config.json").write_text(json.dumps(base | {"lr": 1e-3, "output_dir": str(directory)} | config))
+    (directory / "config.json").write_text(json.dumps(base | {"lr": 1e-3, "weights": None, "output_dir": str(directory)} | config))
     (directory / "eval_linear.json").write_text(json.dumps(base | {"top1": sr, "epochs": 50}))
     if knn is not None:
         (directory / "eval_knn.json").write_text(json.dumps(base | {"top1": knn, "k": 5}))

@@ -257,9 +257,18 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, capsys, monkeypatch
     assert "the loss is not finite at step 1" in stderr_of(capsys, train_cls.main, *arguments, status=1)
 
 
-def test_a_huge_ratio_is_warned_of_once(tmp_path, capsys):
-    run(tmp_path, "--ratio-floor", "0", "--lr", "0.5", "--epochs", "3")
-    assert max(event["max_ratio"] for event in read_log(tmp_path / "log.jsonl")) > 1e4
+def test_a_huge_ratio_is_warned_of_once(tmp_path, capsys, monkeypatch):
+    """The objective to the letter and an old policy that denies what the policy is sure of: ratios beyond 1e4."""
+    original = grpo_rm.training_step
+
+    def spy(model, old_policy, *rest):
+        with torch.no_grad():
+            old_policy.head.layers[-1].bias.add_(torch.linspace(-6, 6, 10))
+        return original(model, old_policy, *rest)
+
+    monkeypatch.setattr(grpo_rm, "training_step", spy)
+    run(tmp_path, "--ratio-floor", "0", "--lr", "1e-6", "--epochs", "2")
+    assert all(event["max_ratio"] > 1e4 for event in read_log(tmp_path / "log.jsonl"))
     assert capsys.readouterr().err.count("warning: the ratio p/q reached") == 1
 
 
