@@ -111,9 +111,9 @@ def stage(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | Non
         except Diverged as error:
             status, message = 1, f"error: {error}"
         except RuntimeError as error:
-            if not LOST.search(str(error)):
+            if not (isinstance(error, torch.distributed.DistError) or LOST.search(str(error))):
                 raise
-            status, message = 1, "error: another process ended or hangs; its own message says why"
+            status, message = 1, f"error: another process ended or hangs ({first_line(error)}); its own message says why"
         else:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
@@ -125,7 +125,8 @@ def stage(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | Non
     return wrapped
 
 
-LOST = re.compile("Connection (closed|reset) by peer|Broken pipe|NCCL.*(remote|abort)|Timed out waiting|Socket Timeout|connect error")
+# What gloo and NCCL say when a process at the other end is gone or silent.
+LOST = re.compile(r"by peer|pair closure|[Tt]imed? ?out|Broken pipe|Connection refused|Socket|NCCL (error|communicator)")
 
 
 def first_line(error: BaseException) -> str:
