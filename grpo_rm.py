@@ -485,8 +485,8 @@ def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args
     """Algorithm 1, and with args.method "finetune" the baseline: the same network, batches and schedule without an old
     policy.
 
-    `loader.epoch(e, start)` yields this rank's (images, targets) and len(loader) is the number of steps in an epoch;
-    `validate()` gives numbers for the epoch's log line. Leaves config.json, log.jsonl, checkpoint.pt, backbone.pth and
+    `loader` is a TrainLoader: `loader.epoch(e, start)` yields this rank's (images, targets), len(loader) is the number of
+    steps in an epoch, loader.pixels.unreadable names the files that were passed over. `validate()` gives numbers for the epoch's log line. Leaves config.json, log.jsonl, checkpoint.pt, backbone.pth and
     head.pth in args.output_dir; with args.resume it goes on from the checkpoint there. Raises InputError, Diverged and Stopped.
     """
     old_policy = None
