@@ -26,7 +26,7 @@ from data import Diverged, InputError, Stopped, first_line
 # other values of these, and report.py averages over them.
 NEUTRAL = set(
     "data_root download device workers output_dir resume checkpoint_minutes eval_every log_every max_steps hub_repo weights "
-    "grad_accum timeout_minutes skip_unreadable output git_commit torch_version device_name world_size".split()
+    "grad_accum timeout_minutes skip_unreadable head_chunk cache_features save_images output git_commit torch_version device_name world_size".split()
 )
 
 
@@ -213,7 +213,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, world, loader, **parts):
         self.args, self.world, self.steps_per_epoch, self.parts = args, world, len(loader), parts
-        self.unreadable, self.unreadable_logged = loader.pixels.unreadable, set()
+        self.unreadable, self.unreadable_logged = loader.samples.unreadable, set()
         self.directory = Path(args.output_dir)
         self.newest, self.previous = (self.directory / name for name in ("checkpoint.pt", "checkpoint_previous.pt"))
         self.window, self.epoch_sums, self.lr = Meter(), {}, args.lr  # since the last log line; since the epoch began

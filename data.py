@@ -1,19 +1,22 @@
 """Datasets, transforms and loaders: everything that depends on samples; and how every stage answers bad input.
 
-Every classification set becomes two `Split`s (train, val). A loader turns a split into batches in three stages:
+Every set becomes two splits (train, val): a `Split` of labelled images, or a `SceneSplit` of images with masks for
+segmentation. A loader turns a split into batches in three stages:
 
     decode    file -> RGB uint8 square of the set's stored side       once when the set fits into memory, else in workers
-    augment   random crop after zero padding, random flip             whole batches, on the device
+    augment   random crop after zero padding (not scenes), flip       whole batches, on the device
     resize    bicubic to the protocol's side, ImageNet mean and std   whole batches, on the device
 
 The sequence of global batches, and what augmentation does to each of their samples, are functions of the seed, the
 epoch and the step alone: the number of processes, workers or accumulation steps changes neither.
 
-Letters: B images, H W pixels, n samples of a split. `world` is this process among torchrun's: rank, size, device.
+Letters: B images, H W pixels, M side of a map of labels, n samples of a split. `world` is this process among torchrun's: rank, size, device.
 """
 
 import argparse
+import colorsys
 import functools
+import itertools
 import math
 import os
 import re
@@ -27,14 +30,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch.utils.data import DataLoader
-from torchvision import datasets
+from torchvision import datasets, tv_tensors
 from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
+from torchvision.models.segmentation import FCN_ResNet50_Weights
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-IGNORE = -100  # a target that takes no part in loss or accuracy; 255 would be a class of ImageNet
+IGNORE = -100  # in batches: a target that takes no part in loss or scores; 255 would be a class of ImageNet
+VOID = 255  # in masks: a pixel that takes no part
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as DINOv2 was trained with
 RESIDENT_BYTES = 4 * 2**30  # a decoded split up to this size is kept on the device
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif"}
@@ -143,28 +149,56 @@ def first_line(error: BaseException) -> str:
 class Protocol:
     """How one dataset is prepared. `image_size` is the side in pixels that the network sees (the paper's, or the
     nearest multiple of 14 above the native side where the paper is silent); `stored_size` the side that images are
-    decoded to (None: `image_size`); `resized_crop` asks for random resized crops instead of padded ones."""
+    decoded to (None: `image_size`); `resized_crop` asks for random resized crops instead of padded ones; `hidden_dim`
+    is the width of the head."""
 
     image_size: int
     stored_size: int | None = None
     resized_crop: bool = False
+    hidden_dim: int = 256
 
 
 PROTOCOLS = {
-    "shapes": Protocol(image_size=42, stored_size=42),
-    "cifar10": Protocol(image_size=42, stored_size=32),  # paper silent: 42
-    "cifar100": Protocol(image_size=42, stored_size=32),  # paper silent: 42
-    "stl10": Protocol(image_size=98, stored_size=96),  # paper silent: 98
-    "tiny_imagenet": Protocol(image_size=70, stored_size=64),  # 70 follows from the FLOPs of Table 5
-    "imagenet": Protocol(image_size=224, resized_crop=True),  # 224 follows from the FLOPs of Table 5
-    "folder": Protocol(image_size=224),
+    "classification": {
+        "shapes": Protocol(image_size=42, stored_size=42),
+        "cifar10": Protocol(image_size=42, stored_size=32),  # paper silent: 42
+        "cifar100": Protocol(image_size=42, stored_size=32),  # paper silent: 42
+        "stl10": Protocol(image_size=98, stored_size=96),  # paper silent: 98
+        "tiny_imagenet": Protocol(image_size=70, stored_size=64),  # 70 follows from the FLOPs of Table 5
+        "imagenet": Protocol(image_size=224, resized_crop=True),  # 224 follows from the FLOPs of Table 5
+        "folder": Protocol(image_size=224),
+    },
+    "segmentation": {
+        "shapes_seg": Protocol(image_size=112, hidden_dim=64),
+        "voc2012": Protocol(image_size=448, hidden_dim=64),  # 64 and 256 fit the FLOPs of Table 5 best
+        "ade20k": Protocol(image_size=448),
+        "coco_stuff": Protocol(image_size=448),
+        "folder": Protocol(image_size=448),
+    },
 }
+
+
+def data_root(root: str | None) -> Path:
+    """The directory of the datasets: `root`, else $GRPO_RM_DATA, else ./datasets."""
+    return Path(root or os.environ.get("GRPO_RM_DATA") or "datasets")
+
+
+def task_of(name: str, root: str | None) -> str:
+    """ "classification" or "segmentation"; `folder` is the latter where its directory holds masks/. InputError for a name
+    that neither has."""
+    if name == "folder":
+        return "segmentation" if (data_root(root) / "masks").is_dir() else "classification"
+    for task, protocols in PROTOCOLS.items():
+        if name in protocols:
+            return task
+    known = ", ".join(dict.fromkeys(name for protocols in PROTOCOLS.values() for name in protocols))
+    raise InputError(f"--dataset {name}: unknown; choose one of {known}")
 
 
 @dataclass(frozen=True)
 class Split:
-    """One half of a dataset: class names, targets (n,) int64, and `read(i)`, which gives sample i as an RGB image and
-    raises InputError naming the file when it cannot be read."""
+    """One half of a classification set: class names, targets (n,) int64, and `read(i)`, which gives sample i as an RGB
+    image and raises InputError naming the file when it cannot be read."""
 
     classes: list[str]
     targets: torch.Tensor
@@ -178,15 +212,34 @@ class Split:
         return Split(self.classes, self.targets[torch.as_tensor(indices)], lambda i: self.read(int(indices[i])))
 
 
-def load_splits(name: str, root: str | None, *, download: bool = False) -> tuple[Split, Split]:
+@dataclass(frozen=True)
+class SceneSplit:
+    """One half of a segmentation set: class names, the number n of scenes, and `read(i)`, which gives scene i as an RGB
+    image and its mask (H, W) uint8 of the same size, with class indices and VOID. It raises InputError naming the file
+    when either cannot be used."""
+
+    classes: list[str]
+    count: int
+    read: Callable[[int], tuple[Image.Image, np.ndarray]]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def subset(self, indices: np.ndarray) -> "SceneSplit":
+        """The scenes at `indices`, in that order."""
+        return SceneSplit(self.classes, len(indices), lambda i: self.read(int(indices[i])))
+
+
+def load_splits(name: str, root: str | None, *, download: bool = False) -> tuple[Split, Split] | tuple[SceneSplit, SceneSplit]:
     """The training and validation split of dataset `name` below the directory `root` (None: $GRPO_RM_DATA, else
     ./datasets). `download` fetches what its publisher lets one fetch. Raises InputError when data are missing or
     incomplete, saying which file belongs where."""
-    if name not in PROTOCOLS:
-        raise InputError(f"--dataset {name}: unknown; choose one of {', '.join(PROTOCOLS)}")
+    task = task_of(name, root)
     if name == "shapes":
         return draw_shapes_split(5000, seed=0), draw_shapes_split(1000, seed=1)
-    root = Path(root or os.environ.get("GRPO_RM_DATA") or "datasets")
+    if name == "shapes_seg":
+        return draw_scenes_split(2000, seed=0), draw_scenes_split(400, seed=1)
+    root = data_root(root)
     if not root.is_dir():
         if not download:
             raise InputError(f"--data-root {root}: no such directory; name the one that holds {name}, or add --download")
@@ -198,11 +251,17 @@ def load_splits(name: str, root: str | None, *, download: bool = False) -> tuple
         return _torchvision_splits(name, root, download)
     if name == "tiny_imagenet":
         return _tiny_imagenet_splits(root, download)
+    if name == "voc2012":
+        return _voc_splits(root, download)
+    if name == "ade20k":
+        return _ade20k_splits(root, download)
+    if name == "coco_stuff":
+        return _coco_stuff_splits(root, download)
     if download:
         raise InputError(f"--download: {name} cannot be downloaded for you; put its files under --data-root {root}")
     if name == "imagenet":
         return _imagenet_splits(root)
-    return _class_folder_splits(root)
+    return _mask_folder_splits(root) if task == "segmentation" else _class_folder_splits(root)
 
 
 def _torchvision_splits(name: str, root: Path, download: bool) -> tuple[Split, Split]:
@@ -290,7 +349,7 @@ def _class_folder_splits(root: Path) -> tuple[Split, Split]:
     """A user's own images: train/<class>/* and val/<class>/*; classes in sorted order."""
     for split in ("train", "val"):
         if not (root / split).is_dir():
-            raise InputError(f"--data-root {root}: {split}/ is missing; a folder set is train/<class>/*, val/<class>/*")
+            raise InputError(f"--data-root {root}: {split}/ is missing; a folder set is train/<class>/*, val/<class>/*, or for segmentation images/{{train,val}}/*, masks/{{train,val}}/*.png")
     classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
     if len(classes) < 2:
         raise InputError(f"{root / 'train'} has {len(classes)} class folders; at least two are needed (train/<class>/*)")
@@ -336,14 +395,166 @@ def read_image(file: str) -> Image.Image:
         raise InputError(f"image {file} cannot be read ({reason}); replace or remove it") from error
 
 
-def limit(split: Split, count: int | None) -> Split:
+def read_labels(file: str) -> np.ndarray:
+    """The class indices in the mask `file`, (H, W) of integers; a palette is not applied. Raises InputError naming the
+    file, also where it holds colours."""
+    try:
+        with Image.open(file) as mask:
+            if mask.mode not in ("1", "L", "P", "I") and not mask.mode.startswith("I;16"):
+                raise InputError(f"mask {file} is {mask.mode}, not one class index a pixel; save it as a grey or palette PNG of indices")
+            return np.asarray(mask, dtype=np.int32)
+    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = first_line(error).replace(f" {file!r}", "")
+        raise InputError(f"mask {file} cannot be read ({reason}); replace or remove it") from error
+
+
+def label_table(label_to_class: dict[int, int]) -> np.ndarray:
+    """(256,) int16 look-up table from the labels in a set's masks to class indices or VOID; -1 for labels that it does not have."""
+    table = np.full(256, -1, np.int16)
+    table[list(label_to_class)] = list(label_to_class.values())
+    return table
+
+
+VOC_CLASSES = ["background", *FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:]]
+VOC_TABLE = label_table({i: i for i in (*range(21), VOID)})
+ADE20K_TABLE = label_table({0: VOID} | {i: i - 1 for i in range(1, 151)})
+
+# COCO-stuff numbers 91 things from 0 and 91 kinds of stuff from 91; eleven of the things were never annotated.
+COCO_UNUSED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
+COCO_TABLE = label_table(
+    {VOID: VOID} | dict.fromkeys(COCO_UNUSED, VOID) | {old: new for new, old in enumerate(i for i in range(182) if i not in COCO_UNUSED)}
+)
+COCO_CLASSES = [name for name in MaskRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"][1:] if name != "N/A"] + (
+    "banner blanket branch bridge building-other bush cabinet cage cardboard carpet ceiling-other ceiling-tile cloth clothes "
+    "clouds counter cupboard curtain desk-stuff dirt door-stuff fence floor-marble floor-other floor-stone floor-tile "
+    "floor-wood flower fog food-other fruit furniture-other grass gravel ground-other hill house leaves light mat metal "
+    "mirror-stuff moss mountain mud napkin net paper pavement pillow plant-other plastic platform playingfield railing "
+    "railroad river road rock roof rug salad sand sea shelf sky-other skyscraper snow solid-other stairs stone straw "
+    "structural-other table tent textile-other towel tree vegetable wall-brick wall-concrete wall-other wall-panel wall-stone "
+    "wall-tile wall-wood water-other waterdrops window-blind window-other wood"
+).split()
+
+
+def _scene_split(classes: list[str], pairs: list[tuple[str, str]], table: np.ndarray, hint: str = "") -> SceneSplit:
+    """Scenes from (image file, mask file); `table` turns a mask's labels into class indices. The first mask that is not
+    all void is read at once, so that a set which cannot be used is refused before anything is computed."""
+    images, masks = np.array(pairs).T  # arrays: a list of strings would be copied into every worker
+    hint = hint or f"labels are 0 to {len(classes) - 1}, and {VOID} for void; correct the mask or the list of classes"
+
+    def labels(i: int) -> np.ndarray:
+        raw = read_labels(str(masks[i]))
+        mask = np.where((raw >= 0) & (raw < 256), table[raw & 255], -1)
+        if (mask < 0).any():
+            raise InputError(f"mask {masks[i]} has label {raw[mask < 0].max()}; {hint}")
+        return mask.astype(np.uint8)
+
+    def read(i: int) -> tuple[Image.Image, np.ndarray]:
+        image, mask = read_image(str(images[i])), labels(i)
+        if image.size != mask.shape[::-1]:
+            width, height = mask.shape[::-1]
+            raise InputError(f"mask {masks[i]} is {width} x {height}, its image {images[i]} {image.size[0]} x {image.size[1]}; they must be equal")
+        return image, mask
+
+    if not any((labels(i) != VOID).any() for i in range(len(masks))):
+        raise InputError(f"all {len(masks)} masks in {Path(masks[0]).parent} are void ({VOID}) everywhere; nothing can be learned or scored")
+    return SceneSplit(classes, len(images), read)
+
+
+def _pair_up(images: Path, masks: Path) -> list[tuple[str, str]]:
+    """(image, mask) of equal names but for the suffix. InputError for an image without mask, a mask without image, or none."""
+    image_files, mask_files = ({Path(file).stem: file for file in _image_files(folder)} for folder in (images, masks))
+    for name, file in image_files.items():
+        if name not in mask_files:
+            raise InputError(f"image {file} has no mask; {masks / name}.png is missing")
+    for name, file in mask_files.items():
+        if name not in image_files:
+            raise InputError(f"mask {file} has no image of that name in {images}; unpack the images again, or remove it")
+    if not image_files:
+        raise InputError(f"{images} holds no image; put them there, and their masks in {masks}")
+    return [(file, mask_files[name]) for name, file in image_files.items()]
+
+
+def _voc_splits(root: Path, download: bool) -> tuple[SceneSplit, SceneSplit]:
+    """PASCAL VOC 2012 segmentation through torchvision, which downloads and checks the archive."""
+    splits = []
+    for part in ("train", "val"):
+        try:
+            dataset = datasets.VOCSegmentation(str(root), year="2012", image_set=part, download=download and part == "train")
+        except (OSError, RuntimeError) as error:
+            reason = first_line(error)
+            raise InputError(f"voc2012 under {root} is missing or incomplete ({reason}); add --download, or unpack VOCtrainval_11-May-2012.tar there") from error
+        pairs = list(zip(dataset.images, dataset.masks, strict=True))
+        absent = next((file for pair in pairs for file in pair if not os.path.isfile(file)), None)
+        if absent or not pairs:
+            raise InputError(f"voc2012: {absent or f'the list of {part} scenes'} is missing or empty; unpack VOCtrainval_11-May-2012.tar into {root} again")
+        splits.append(_scene_split(VOC_CLASSES, pairs, VOC_TABLE))
+    return splits[0], splits[1]
+
+
+def _ade20k_splits(root: Path, download: bool) -> tuple[SceneSplit, SceneSplit]:
+    """ADE20k's scene parsing set; class names from objectInfo150.txt where it is there, as it is in the archive."""
+    home = root / "ADEChallengeData2016"
+    if download and not home.is_dir():
+        _download_zip("http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip", root, "7328b3957e407ddae1d3cbf487f149ef")
+    if not home.is_dir():
+        raise InputError(f"ade20k: {home} is missing; add --download, or unpack ADEChallengeData2016.zip into {root}")
+    info = home / "objectInfo150.txt"
+    classes = [line.split("\t")[-1].split(",")[0].strip() for line in info.read_text().splitlines()[1:]] if info.is_file() else []
+    if len(classes) != 150:
+        classes = [f"class {i}" for i in range(1, 151)]
+    folders = [(home / "images" / part, home / "annotations" / part) for part in ("training", "validation")]
+    hint = "ADE20k's are 0 (void) and 1 to 150; use the annotations of ADEChallengeData2016.zip"
+    train, val = (_scene_split(classes, _pair_up(*pair), ADE20K_TABLE, hint) for pair in folders)
+    return train, val
+
+
+def _coco_stuff_splits(root: Path, download: bool) -> tuple[SceneSplit, SceneSplit]:
+    """COCO-stuff with 171 classes: the images of COCO 2017 and the masks of stuffthingmaps_trainval2017.zip."""
+    source = "calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset/stuffthingmaps_trainval2017.zip"
+    pixelmaps = [path for name in ("stuff_train2017_pixelmaps", "stuff_val2017_pixelmaps") for path in (root / name, root / "stuffthingmaps" / name)]
+    if not (root / "stuffthingmaps").is_dir():
+        found = next((f"{path} is stuff only and cannot be used; " for path in pixelmaps if path.exists()), "")
+        raise InputError(f"coco_stuff: {found}{root / 'stuffthingmaps'} is missing; unpack {source} there (it has no published checksum, so --download leaves it to you)")
+    for name, md5 in (("train2017", "cced6f7f71b7629ddf16f17bbcfab6b2"), ("val2017", "442b8da7639aecaf257c1dceb8ba8c80")):
+        if download and not (root / name).is_dir():
+            _download_zip(f"http://images.cocodataset.org/zips/{name}.zip", root, md5)
+        for folder in (root / name, root / "stuffthingmaps" / name):
+            if not folder.is_dir():
+                raise InputError(f"coco_stuff: {folder} is missing; images: images.cocodataset.org/zips/{name}.zip, masks: {source}")
+    hint = f"the set has 0 to 181 and {VOID}. 182 and 183 mean the stuff-only pixelmaps, where things have no class: use {source}"
+    folders = [(root / part, root / "stuffthingmaps" / part) for part in ("train2017", "val2017")]
+    train, val = (_scene_split(COCO_CLASSES, _pair_up(*pair), COCO_TABLE, hint) for pair in folders)
+    return train, val
+
+
+def _mask_folder_splits(root: Path) -> tuple[SceneSplit, SceneSplit]:
+    """A user's own scenes: images/{train,val}/*, masks/{train,val}/*.png; class names one a line in classes.txt, or as many
+    numbers as the masks use."""
+    pairs = {part: _pair_up(root / "images" / part, root / "masks" / part) for part in ("train", "val")}
+    if (root / "classes.txt").is_file():
+        classes = [line.strip() for line in (root / "classes.txt").read_text().splitlines() if line.strip()]
+    else:
+        with ThreadPoolExecutor() as pool:
+            labels = pool.map(lambda pair: read_labels(pair[1]), pairs["train"] + pairs["val"])
+            highest = max(int(mask[mask != VOID].max(initial=0)) for mask in tqdm(labels, "classes", disable=None, leave=False))
+        classes = [f"class {i}" for i in range(highest + 1)]
+    if not 2 <= len(classes) <= VOID:
+        where = root / "classes.txt" if (root / "classes.txt").is_file() else root / "masks"
+        raise InputError(f"{where}: {len(classes)} classes; between 2 and {VOID} are possible, with indices from 0")
+    table = label_table({i: i for i in (*range(len(classes)), VOID)})
+    return _scene_split(classes, pairs["train"], table), _scene_split(classes, pairs["val"], table)
+
+
+def limit(split: Split | SceneSplit, count: int | None) -> Split | SceneSplit:
     """At most `count` samples at even distances, so that sets sorted by class keep all their classes."""
     if count is None or count >= len(split):
         return split
     return split.subset(np.linspace(0, len(split) - 1, count).round().astype(int))
 
 
-def fraction(split: Split, share: float, seed: int) -> Split:
+def fraction(split: Split | SceneSplit, share: float, seed: int) -> Split | SceneSplit:
     """A random share (0 < share <= 1) of the samples, the same for every method and process of one seed."""
     if share == 1:
         return split
@@ -376,30 +587,58 @@ SHAPES = {  # outline on [-1, 1]^2, and the outline of what is cut out of it
 }
 
 
-def draw_shape(label: int, rng: np.random.Generator, side: int = 42) -> np.ndarray:
-    """A picture (side, side, 3) uint8 of the shape number `label` with random place, size, turn and colours, on a
-    shaded background with noise and stray lines in front."""
-    size = 2 * side  # drawn at twice the side, for smooth edges
+def _silhouette(label: int, size: int, scale: float, centre: np.ndarray, angle: float) -> Image.Image:
+    """The shape number `label` in white on black, (size, size); scale in pixels, angle in degrees."""
     outline, hole = list(SHAPES.values())[label]
-    scale = size * rng.uniform(0.25, 0.42)
-    centre = size / 2 + rng.uniform(-1, 1, 2) * (size / 2 - scale)
-    angle = math.radians(rng.uniform(-30, 30))
+    angle = math.radians(angle)
     turn = scale * np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     mask = Image.new("L", (size, size))
     pen = ImageDraw.Draw(mask)
     pen.polygon([tuple(point) for point in np.array(outline) @ turn + centre], fill=255)
     if hole:
         pen.polygon([tuple(point) for point in np.array(hole) @ turn + centre], fill=0)
+    return mask
 
-    corners = rng.integers(0, 140, (2, 2, 3), dtype=np.uint8)  # the shape is brighter than its background
+
+def _draw(silhouettes: list[tuple[Image.Image, float | None]], rng: np.random.Generator, side: int) -> np.ndarray:
+    """A picture (side, side, 3) uint8 of bright silhouettes, of the given hues or any, on a darker, shaded background, with
+    noise and stray lines in front. The silhouettes have twice the side, for smooth edges."""
+    size = 2 * side
+    corners = rng.integers(0, 140, (2, 2, 3), dtype=np.uint8)
     picture = Image.fromarray(corners).resize((size, size), Image.Resampling.BILINEAR)
-    colour = rng.integers(120, 256, 3)
-    picture.paste(tuple(colour), mask=mask)
+    for mask, hue in silhouettes:
+        tint = colorsys.hsv_to_rgb(hue, rng.uniform(0.4, 0.9), rng.uniform(0.7, 1)) if hue is not None else None
+        picture.paste(tuple(int(255 * x) for x in tint) if tint else tuple(rng.integers(120, 256, 3)), mask=mask)
     pen = ImageDraw.Draw(picture)
     for _ in range(3):
         pen.line(tuple(rng.uniform(0, size, 4)), fill=tuple(rng.integers(0, 256, 3)), width=2)
     pixels = np.asarray(picture.resize((side, side), Image.Resampling.BOX), dtype=np.float32)
     return np.clip(pixels + rng.normal(0, 12, pixels.shape), 0, 255).astype(np.uint8)
+
+
+def draw_shape(label: int, rng: np.random.Generator, side: int = 42) -> np.ndarray:
+    """A picture (side, side, 3) uint8 of the shape number `label` with random place, size, turn and colours."""
+    size = 2 * side
+    scale = size * rng.uniform(0.25, 0.42)
+    centre = size / 2 + rng.uniform(-1, 1, 2) * (size / 2 - scale)
+    return _draw([(_silhouette(label, size, scale, centre, rng.uniform(-30, 30)), None)], rng, side)
+
+
+def draw_scene(rng: np.random.Generator, side: int = 112) -> tuple[np.ndarray, np.ndarray]:
+    """A picture (side, side, 3) uint8 of two to four shapes that may cover each other, and its mask (side, side) uint8: 0
+    background, 1 + the shape's number, VOID on a border of two pixels around every shape. A hue belongs to two kinds of
+    shape, so that colour helps but does not decide."""
+    size = 2 * side
+    silhouettes, mask = [], np.zeros((side, side), np.uint8)
+    for _ in range(rng.integers(2, 5)):
+        label, scale = int(rng.integers(len(SHAPES))), size * rng.uniform(0.14, 0.26)
+        centre = size / 2 + rng.uniform(-1, 1, 2) * (size / 2 - scale)
+        silhouette = _silhouette(label, size, scale, centre, rng.uniform(-30, 30))
+        silhouettes.append((silhouette, (label + rng.uniform(-0.8, 0.8)) / len(SHAPES) % 1))
+        small = silhouette.resize((side, side), Image.Resampling.BOX).point(lambda value: 255 * (value > 127))
+        mask[np.asarray(small.filter(ImageFilter.MaxFilter(3))) > 0] = VOID
+        mask[np.asarray(small.filter(ImageFilter.MinFilter(3))) > 0] = 1 + label
+    return _draw(silhouettes, rng, side), mask
 
 
 def draw_shapes_split(count: int, seed: int) -> Split:
@@ -410,6 +649,16 @@ def draw_shapes_split(count: int, seed: int) -> Split:
         return Image.fromarray(draw_shape(int(targets[i]), np.random.default_rng((seed, i))))
 
     return Split(list(SHAPES), torch.from_numpy(targets).long(), read)
+
+
+def draw_scenes_split(count: int, seed: int) -> SceneSplit:
+    """`count` scenes of shapes; a function of `count` and `seed` alone."""
+
+    def read(i: int) -> tuple[Image.Image, np.ndarray]:
+        picture, mask = draw_scene(np.random.default_rng((seed, i)))
+        return Image.fromarray(picture), mask
+
+    return SceneSplit(["background", *SHAPES], count, read)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -440,71 +689,112 @@ def square(image: Image.Image, side: int, margin: float = 1.0) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + side, top + side)))
 
 
-class _Pixels:
-    """The decoded pixels of a split: for every list of samples `fetch` yields (B, side, side, 3) uint8 on the device, and
-    the samples (B,) that they come from.
+def resize(images: torch.Tensor, side: int) -> torch.Tensor:
+    """(..., 3, H, W) uint8 -> (..., 3, side, side) uint8: bicubic, antialiased. The sides become equal, whatever they were."""
+    return v2.functional.resize(images, [side] * 2, InterpolationMode.BICUBIC, antialias=True)
 
-    A split that fits into RESIDENT_BYTES is decoded once and kept on the device; one that does not, or that needs
-    random resized crops of the full image, is decoded by DataLoader workers as it is asked for. A file that cannot be
-    read raises InputError; with `skip_unreadable` the next sample stands in for it, and `unreadable` says which and why.
+
+def resize_mask(mask: torch.Tensor, side: int) -> torch.Tensor:
+    """(H, W) labels -> (side, side), each the label at the centre of its pixel: no label is invented. (What older
+    torchvision does to a tv_tensors.Mask takes the pixel's corner instead: half a pixel beside the image.)"""
+    return v2.functional.resize(mask[None], [side] * 2, InterpolationMode.NEAREST_EXACT)[0]
+
+
+Decode = Callable[[int, tuple[int, ...]], tuple[torch.Tensor, ...]]
+
+
+def decode_labelled(split: Split, side: int, *, margin: float = 1.0, resized_crop: bool = False) -> Decode:
+    """sample i -> its pixels (side, side, 3) uint8 and its target (). A random resized crop depends on i and the key alone."""
+    random_crop = v2.RandomResizedCrop(side, interpolation=InterpolationMode.BICUBIC)
+
+    def decode(i: int, key: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        image = split.read(i)
+        if not resized_crop:
+            return torch.tensor(square(image, side, margin)), split.targets[i]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(CROP, *key, i))
+            return torch.tensor(np.asarray(random_crop(image))), split.targets[i]
+
+    return decode
+
+
+def decode_scene(split: SceneSplit, sides: list[int], map_size: int | None) -> Decode:
+    """scene i -> its pixels (side, side, 3) uint8 for each of `sides`, and its mask, (map_size, map_size) or, without one, of
+    the size it has."""
+
+    def decode(i: int, key: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+        image, mask = split.read(i)
+        image, mask = v2.functional.pil_to_tensor(image), torch.from_numpy(mask)
+        return *(resize(image, side).movedim(0, -1) for side in sides), resize_mask(mask, map_size) if map_size else mask
+
+    return decode
+
+
+class Samples:
+    """The decoded samples of a split: for every list of them `fetch` yields their parts, each stacked to (B, ...) on the
+    device, or where sizes differ a list of B tensors on the CPU.
+
+    A split of up to RESIDENT_BYTES, `sample_bytes` each, is decoded once and kept on the device; others (sample_bytes
+    None: any) are decoded by DataLoader workers as they are asked for. A file that cannot be read raises InputError; with
+    `skip_unreadable` the next sample stands in for it, and `unreadable` says which and why.
     """
 
-    def __init__(
-        self, split: Split, side: int, world, workers: int, *, skip_unreadable: bool, margin: float = 1.0, resized_crop: bool = False
-    ):
-        self.split, self.side, self.device, self.workers, self.margin = split, side, world.device, workers, margin
-        self.resized_crop = v2.RandomResizedCrop(side, interpolation=InterpolationMode.BICUBIC) if resized_crop else None
+    def __init__(self, count: int, decode: Decode, sample_bytes: int | None, world, workers: int, *, skip_unreadable: bool = False):
+        self.count, self.decode, self.device, self.workers = count, decode, world.device, workers
         self.skip_unreadable, self.unreadable = skip_unreadable, {}
         self.resident = None
-        if not resized_crop and len(split) * side * side * 3 <= RESIDENT_BYTES:
-            pixels = torch.empty(len(split), side, side, 3, dtype=torch.uint8)
-            sources = torch.arange(len(split))
-
-            def decode(i: int) -> None:
-                image, sources[i], unreadable = self._decode(i)
-                pixels[i] = torch.from_numpy(image.copy())
-                self.unreadable.update(unreadable)
-
-            with ThreadPoolExecutor(max(1, workers)) as pool:
-                jobs = pool.map(decode, range(len(split)))
-                list(tqdm(jobs, "decode", len(split), disable=None if world.rank == 0 else True, leave=False, unit=" images"))
-            self.resident, self.sources = pixels.to(self.device), sources
+        if count and sample_bytes and count * sample_bytes <= RESIDENT_BYTES:
+            self.resident = self._decode_all(disable=None if world.rank == 0 else True)
             self._check_share()
 
-    def _decode(self, index: int, crop_key: tuple[int, ...] = ()) -> tuple[np.ndarray, int, dict[int, str]]:
-        """The pixels of sample `index`, or of the next one that can be read; which one; and why those before it could not."""
-        unreadable = {}
-        for i in range(index, index + len(self.split)):
+    def _decode_all(self, disable: bool | None) -> list[torch.Tensor | list[torch.Tensor]]:
+        first, _ = self._decode(0)
+        stores = [torch.empty(self.count, *part.shape, dtype=part.dtype) for part in first]
+        ragged: dict[int, list] = {}  # parts whose sizes differ; found out at the first that does
+
+        def load(i: int) -> tuple[int, tuple[torch.Tensor, ...]]:
+            parts, unreadable = self._decode(i)
+            self.unreadable.update(unreadable)
+            return i, parts
+
+        with ThreadPoolExecutor(max(1, self.workers)) as pool:
+            for i, parts in tqdm(pool.map(load, range(self.count)), "decode", self.count, disable=disable, leave=False, unit=" images"):
+                for p, part in enumerate(parts):
+                    if p not in ragged and part.shape != stores[p].shape[1:]:
+                        ragged[p] = [*stores[p][:i].clone(), *[None] * (self.count - i)]
+                    (ragged.get(p) or stores[p])[i] = part
+        return [ragged.get(p) or store.to(self.device) for p, store in enumerate(stores)]
+
+    def _decode(self, index: int, key: tuple[int, ...] = ()) -> tuple[tuple[torch.Tensor, ...], dict[int, str]]:
+        """The parts of sample `index`, or of the next one that can be read, and why those before it could not."""
+        unreadable: dict[int, str] = {}
+        for i in itertools.count(index):
             try:
-                image = self.split.read(i % len(self.split))
-                break
+                return self.decode(i % self.count, key), unreadable
             except InputError as error:
-                unreadable[i % len(self.split)] = str(error)
-                if not self.skip_unreadable or len(unreadable) > 0.01 * len(self.split):
+                unreadable[i % self.count] = str(error)
+                if not self.skip_unreadable or len(unreadable) > 0.01 * self.count:
                     raise
-        if self.resized_crop is None:
-            return square(image, self.side, self.margin), i % len(self.split), unreadable
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream_seed(CROP, *crop_key, index))
-            return np.asarray(self.resized_crop(image)), i % len(self.split), unreadable
 
     def _check_share(self) -> None:
-        if len(self.unreadable) > 0.01 * len(self.split):
+        if len(self.unreadable) > 0.01 * self.count:
             some = next(iter(self.unreadable.values()))
-            raise InputError(f"{len(self.unreadable)} of {len(self.split)} images cannot be read, more than 1 %; among them: {some}")
+            raise InputError(f"{len(self.unreadable)} of {self.count} images cannot be read, more than 1 %; among them: {some}")
 
-    def fetch(self, batches: list[torch.Tensor], crop_key: tuple[int, ...] = ()) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def fetch(self, batches: list[torch.Tensor], key: tuple[int, ...] = ()) -> Iterator[tuple]:
+        """The parts of the samples of each batch (indices); `key` is for what is drawn at random in decoding."""
         if self.resident is not None:
             for indices in batches:
-                yield self.resident[indices.to(self.device)], self.sources[indices]
+                yield tuple(part[indices.to(part.device)] if isinstance(part, torch.Tensor) else [part[i] for i in indices] for part in self.resident)
             return
 
         def load(indices: list[int]) -> tuple | InputError:
             try:
-                images, sources, unreadable = zip(*(self._decode(i, crop_key) for i in indices), strict=True)
-                return torch.from_numpy(np.stack(images)), torch.tensor(sources), unreadable
+                samples, unreadable = zip(*(self._decode(i, key) for i in indices), strict=True)
             except InputError as error:  # handed over as a value: the DataLoader would wrap it into a traceback
                 return error
+            parts = zip(*samples, strict=True)
+            return tuple(torch.stack(part) if len({p.shape for p in part}) == 1 else list(part) for part in parts), unreadable
 
         for batch in DataLoader(
             [indices.tolist() for indices in batches],
@@ -512,15 +802,15 @@ class _Pixels:
             collate_fn=load,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
-            multiprocessing_context="fork" if self.workers else None,  # other ways cannot hand over a Split's functions
+            multiprocessing_context="fork" if self.workers else None,  # other ways cannot hand over a split's functions
         ):
             if isinstance(batch, InputError):
                 raise batch
-            pixels, sources, unreadable = batch
+            parts, unreadable = batch
             for found in unreadable:
                 self.unreadable.update(found)
             self._check_share()
-            yield pixels.to(self.device, non_blocking=True), sources
+            yield tuple(part.to(self.device, non_blocking=True) if isinstance(part, torch.Tensor) else part for part in parts)
 
 
 def pad_crop_flip(pixels: torch.Tensor, shifts: torch.Tensor, flips: torch.Tensor, pad: int) -> torch.Tensor:
@@ -535,10 +825,16 @@ def pad_crop_flip(pixels: torch.Tensor, shifts: torch.Tensor, flips: torch.Tenso
     return padded[images, rows[:, :, None], columns[:, None, :]]
 
 
+def flip_scenes(pixels: torch.Tensor, masks: torch.Tensor, flips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image (B, H, W, 3) and mask (B, M, M) mirrored together where `flips` (B,) is true."""
+    images, masks = tv_tensors.Image(pixels.movedim(-1, 1)), tv_tensors.Mask(masks)
+    images, masks = (torch.where(flips.view(-1, *[1] * (x.dim() - 1)), v2.functional.horizontal_flip(x), x) for x in (images, masks))
+    return images.movedim(1, -1), masks
+
+
 def to_input(pixels: torch.Tensor, image_size: int) -> torch.Tensor:
     """(B, S, S, 3) uint8 -> (B, 3, image_size, image_size) float32: bicubic (antialiased), ImageNet mean and std."""
-    images = pixels.permute(0, 3, 1, 2)  # (B, 3, S, S), channels last in memory
-    images = v2.functional.resize(images, [image_size] * 2, InterpolationMode.BICUBIC, antialias=True)
+    images = resize(pixels.movedim(-1, 1), image_size)  # channels last in memory
     mean, std = _mean_and_std(pixels.device)
     return images.float().sub_(mean).div_(std).contiguous()
 
@@ -550,80 +846,193 @@ def _mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class TrainLoader:
-    """Batches of one rank: `for images, targets in loader.epoch(e)` with images (B, 3, S, S) float32, targets (B,).
+    """Batches of one rank: `for images, targets in loader.epoch(e)` with images (B, 3, S, S) float32 and targets (B,), or
+    (B, map_size, map_size) for scenes, int64, IGNORE where there is none.
 
     Global batch number s of epoch e holds the samples s*m .. (s+1)*m of a permutation drawn from (seed, e); the last
     one of an epoch may be smaller. Rank r gets the r-th of `world_size` near-equal runs of it. Where a small last
-    batch has nothing for a rank, it gets one image whose target is IGNORE, so that all ranks take the same steps.
+    batch has nothing for a rank, it gets one image whose targets are IGNORE, so that all ranks take the same steps.
     """
 
-    def __init__(self, split: Split, name: str, image_size: int, batch_size: int, world, workers: int, *, seed: int, augment: bool, skip_unreadable: bool = False):
-        protocol = PROTOCOLS[name]
-        self.batch_size, self.image_size, self.seed, self.augment = batch_size, image_size, seed, augment
-        self.world = world
-        self.resized_crop = protocol.resized_crop and augment
+    def __init__(
+        self,
+        split: Split | SceneSplit,
+        protocol: Protocol,
+        image_size: int,
+        batch_size: int,
+        world,
+        workers: int,
+        *,
+        seed: int,
+        augment: bool,
+        map_size: int = 128,
+        skip_unreadable: bool = False,
+    ):
+        self.batch_size, self.image_size, self.seed, self.augment, self.world = batch_size, image_size, seed, augment, world
         side = protocol.stored_size or image_size
-        self.pixels = _Pixels(split, side, world, workers, skip_unreadable=skip_unreadable, resized_crop=self.resized_crop)
-        self.targets, self.num_samples = split.targets, len(split)
+        resized_crop = protocol.resized_crop and augment
+        self.pad = 0 if resized_crop else side // 8  # 4 pixels for CIFAR, 8 for Tiny-ImageNet
+        if isinstance(split, SceneSplit):
+            decode = decode_scene(split, [image_size], map_size)
+            sample_bytes = 3 * image_size**2 + map_size**2
+        else:
+            decode = decode_labelled(split, side, resized_crop=resized_crop)
+            sample_bytes = None if resized_crop else 3 * side**2
+        self.samples = Samples(len(split), decode, sample_bytes, world, workers, skip_unreadable=skip_unreadable)
 
     def __len__(self) -> int:
         """The number of steps in an epoch."""
-        return math.ceil(len(self.targets) / self.batch_size)
+        return math.ceil(self.samples.count / self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The batches of `epoch`, from number `start` on."""
-        order = torch.randperm(len(self.targets), generator=random_generator(ORDER, self.seed, epoch))
+        order = torch.randperm(self.samples.count, generator=random_generator(ORDER, self.seed, epoch))
         batches = order.split(self.batch_size)[start:]
         runs = [torch.arange(len(batch)).tensor_split(self.world.size)[self.world.rank] for batch in batches]
         mine = [batch[run if len(run) else slice(1)] for batch, run in zip(batches, runs, strict=True)]
-        for step, (pixels, sources) in enumerate(self.pixels.fetch(mine, crop_key=(self.seed, epoch))):
-            run, targets = runs[step], self.targets[sources]
+        for step, (pixels, targets) in enumerate(self.samples.fetch(mine, key=(self.seed, epoch))):
+            run, targets = runs[step], targets.to(self.world.device)
             if not len(run):
-                run, targets = torch.arange(1), torch.full_like(targets, IGNORE)
+                run, targets = torch.arange(1), torch.full_like(targets, VOID if targets.dtype == torch.uint8 else IGNORE)
             if self.augment:
-                pixels = self._augment(pixels, run, len(batches[step]), random_generator(AUGMENT, self.seed, epoch, start + step))
-            yield to_input(pixels, self.image_size), targets.to(self.world.device)
+                generator = random_generator(AUGMENT, self.seed, epoch, start + step)
+                pixels, targets = self._augment(pixels, targets, run, len(batches[step]), generator)
+            if targets.dtype == torch.uint8:  # masks
+                targets = targets.long().masked_fill_(targets == VOID, IGNORE)
+            yield to_input(pixels, self.image_size), targets
 
-    def _augment(self, pixels: torch.Tensor, run: torch.Tensor, total: int, generator: torch.Generator) -> torch.Tensor:
+    def _augment(
+        self, pixels: torch.Tensor, targets: torch.Tensor, run: torch.Tensor, total: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Drawn for the whole global batch, of which this rank holds the run: the same whatever the number of ranks."""
-        pad = 0 if self.resized_crop else pixels.shape[1] // 8  # 4 pixels for CIFAR, 8 for Tiny-ImageNet
-        shifts = torch.randint(0, 2 * pad + 1, (total, 2), generator=generator)[run]
-        flips = (torch.rand(total, generator=generator) < 0.5)[run]
-        return pad_crop_flip(pixels, shifts.to(pixels.device), flips.to(pixels.device), pad)
+        shifts = torch.randint(0, 2 * self.pad + 1, (total, 2), generator=generator)[run]
+        flips = (torch.rand(total, generator=generator) < 0.5)[run].to(pixels.device)
+        if targets.dim() > 1:
+            return flip_scenes(pixels, targets, flips)
+        return pad_crop_flip(pixels, shifts.to(pixels.device), flips, self.pad), targets
 
 
 class EvalLoader:
-    """Every sample of a split once, in order and without augmentation: yields (indices (B,), images (B, 3, S, S),
-    targets (B,)). Whole batches are dealt to the ranks in turn, so a sample's batch is the same for any number of
-    processes, and so are its features to the last bit."""
+    """Every sample of a classification split once, in order and without augmentation: yields (indices (B,), images
+    (B, 3, S, S), targets (B,)). Whole batches are dealt to the ranks in turn, so a sample's batch is the same for any
+    number of processes, and so are its features to the last bit."""
 
-    def __init__(self, split: Split, name: str, image_size: int, batch_size: int, world, workers: int, *, skip_unreadable: bool = False):
-        protocol = PROTOCOLS[name]
-        self.image_size, self.device, self.targets, self.num_samples = image_size, world.device, split.targets, len(split)
+    def __init__(self, split: Split, protocol: Protocol, image_size: int, batch_size: int, world, workers: int, *, skip_unreadable: bool = False):
+        self.image_size, self.device, self.num_samples, self.batch_size = image_size, world.device, len(split), batch_size
         batches = torch.arange(len(split)).split(batch_size)[world.rank :: world.size]
         self.mine = torch.cat(batches) if batches else torch.arange(0)
-        self.batch_size = batch_size
         margin = 256 / 224 if protocol.resized_crop else 1.0  # ImageNet's habit: resize to 256, cut out 224
         side = protocol.stored_size or image_size
-        self.pixels = _Pixels(split.subset(self.mine.numpy()), side, world, workers, margin=margin, skip_unreadable=skip_unreadable)
+        decode = decode_labelled(split.subset(self.mine.numpy()), side, margin=margin)
+        self.samples = Samples(len(self.mine), decode, 3 * side**2, world, workers, skip_unreadable=skip_unreadable)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         local = list(torch.arange(len(self.mine)).split(self.batch_size)) if len(self.mine) else []
-        for places, (pixels, sources) in zip(local, self.pixels.fetch(local), strict=True):
-            yield self.mine[places], to_input(pixels, self.image_size), self.targets[self.mine[sources]].to(self.device)
+        for places, (pixels, targets) in zip(local, self.samples.fetch(local), strict=True):
+            yield self.mine[places], to_input(pixels, self.image_size), targets.to(self.device)
 
+
+class SceneLoader:
+    """Scenes without augmentation, in whatever batches are asked for: `for *images, masks in loader.fetch(batches)` gives
+    images (B, 3, S, S) float32 for each side S of `sides`, and masks uint8 with VOID: (B, map_size, map_size), or without a
+    map_size as the files have them, a list of (H, W) on the CPU where their sizes differ. With `stream` nothing is kept:
+    for one pass."""
+
+    def __init__(
+        self,
+        split: SceneSplit,
+        sides: list[int],
+        map_size: int | None,
+        world,
+        workers: int,
+        *,
+        stream: bool = False,
+        skip_unreadable: bool = False,
+    ):
+        self.sides = sides
+        sample_bytes = None if stream else sum(3 * side**2 for side in sides) + (map_size or max(sides)) ** 2
+        decode = decode_scene(split, sides, map_size)
+        self.samples = Samples(len(split), decode, sample_bytes, world, workers, skip_unreadable=skip_unreadable)
+
+    def fetch(self, batches: list[torch.Tensor]) -> Iterator[tuple]:
+        for *pixels, masks in self.samples.fetch(batches):
+            yield *(to_input(x, side) for x, side in zip(pixels, self.sides, strict=True)), masks
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Pictures of masks
+
+
+def palette() -> np.ndarray:
+    """PASCAL VOC's colours of the indices 0 to 255, (256, 3) uint8: the bits of an index, three at a time, are the highest
+    bits of red, green and blue. Every set is drawn with it."""
+    index, colours = np.arange(256), np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= ((index >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+    return colours
+
+
+def palette_image(mask: np.ndarray) -> Image.Image:
+    """Class indices (H, W) uint8 as a palette image, as VOC's own masks are."""
+    image = Image.fromarray(mask)
+    image.putpalette(palette().tobytes())
+    return image
+
+
+def draw_panels(pictures: list[tuple[str, Image.Image]], classes: list[str], height: int = 288) -> Image.Image:
+    """The pictures (title, image) side by side at one height, with a legend of the classes in those of palette images."""
+    gap, font = 8, ImageFont.load_default(size=14)
+    shown = sorted({int(i) for _, image in pictures if image.mode == "P" for i in np.unique(np.asarray(image)) if i < len(classes) or i == VOID})
+    cells = []
+    for title, image in pictures:
+        resample = Image.Resampling.NEAREST if image.mode == "P" else Image.Resampling.BICUBIC
+        cells.append((title, image.resize((round(image.width * height / image.height), height), resample).convert("RGB")))
+    width = gap + sum(cell.width + gap for _, cell in cells)
+    entries, x, y = [], gap, height + 32
+    for i in shown:
+        name = classes[i] if i < len(classes) else "void"
+        length = 18 + round(font.getlength(name)) + 2 * gap
+        if x + length > width and x > gap:
+            x, y = gap, y + 20
+        entries.append((x, y, i, name))
+        x += length
+    panel = Image.new("RGB", (width, y + 24), "white")
+    pen, left = ImageDraw.Draw(panel), gap
+    for title, cell in cells:
+        pen.text((left, 4), title, "black", font)
+        panel.paste(cell, (left, 24))
+        left += cell.width + gap
+    for x, y, i, name in entries:
+        pen.rectangle((x, y, x + 13, y + 13), tuple(palette()[i].tolist()), "black")
+        pen.text((x + 18, y - 2), name, "black", font)
+    return panel
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # Arguments that the stages share
 
 
-def add_data_arguments(parser: ArgumentParser) -> None:
-    """Which images, and how they are prepared."""
+def add_data_arguments(parser: ArgumentParser, *tasks: str) -> None:
+    """Which images, and how they are prepared, for a stage that serves these tasks."""
+    names = list(dict.fromkeys(name for task in tasks for name in PROTOCOLS[task]))
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=list(PROTOCOLS), default="shapes", help="shapes is drawn on the fly; folder is a user's own")
+    group.add_argument("--dataset", default=names[0], metavar="NAME", help=f"{', '.join(names[:-1])}, or folder (your own); {names[0]} is drawn on the fly")
     group.add_argument("--data-root", metavar="DIR", help="where the datasets live; default: $GRPO_RM_DATA, else ./datasets")
-    group.add_argument("--download", action="store_true", help="fetch what may be fetched: cifar10, cifar100, stl10, tiny_imagenet")
+    group.add_argument("--download", action="store_true", help="fetch what may be fetched: all but imagenet, folder and the masks of coco_stuff")
     group.add_argument("--image-size", type=number(1, kind=int), help="side in pixels; default: the protocol's for the dataset")
     group.add_argument("--limit-train", type=number(1, kind=int), metavar="N", help="N training images at even distances")
     group.add_argument("--limit-val", type=number(1, kind=int), metavar="N", help="N validation images at even distances")
+    parser.set_defaults(tasks=tasks)
+
+
+def resolve_task(args: argparse.Namespace) -> Protocol:
+    """The protocol of args.dataset; its task becomes args.task. InputError where the stage does not serve it."""
+    tasks = vars(args).pop("tasks")
+    args.task = task_of(args.dataset, args.data_root)
+    if args.task not in tasks:
+        stages = {"classification": "train_cls.py, eval_linear.py and eval_knn.py", "segmentation": "train_seg.py and eval_linear.py"}
+        where = f" in {data_root(args.data_root)}" if args.dataset == "folder" else ""
+        hint = " (images/ and masks/ would make it one for segmentation)" if (args.dataset, args.task) == ("folder", "classification") else ""
+        raise InputError(f"--dataset {args.dataset}{where} is a {args.task} set{hint}; it is for {stages[args.task]}")
+    return PROTOCOLS[args.task][args.dataset]

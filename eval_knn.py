@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from checkpoint import result_path
 from data import ArgumentParser, add_data_arguments, number, stage
-from grpo_rm import add_evaluation_arguments, add_model_arguments, frozen_features, init_world, write_result
+from grpo_rm import add_evaluation_arguments, add_model_arguments, frozen_features, init_world, resolve_evaluation_arguments, write_result
 
 BLOCK = 2**26  # similarities held at once: 256 MiB
 
@@ -57,7 +57,7 @@ def knn_predict(
 
 def parse_args(argv: list[str] | None):
     parser = ArgumentParser(__doc__)
-    add_data_arguments(parser)
+    add_data_arguments(parser, "classification")
     add_model_arguments(parser)
     add_evaluation_arguments(parser)
     parser.add_argument("--k", type=number(1, kind=int), default=5, help="neighbours; the paper's is 5")
@@ -67,14 +67,16 @@ def parse_args(argv: list[str] | None):
 @stage
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    path = result_path(args, "eval_knn.json")
     world = init_world(args.device, args.timeout_minutes)
-    train, val, classes = frozen_features(args, world)
+    protocol = resolve_evaluation_arguments(args, world)
+    path = result_path(args, "eval_knn.json")
+    train, val, classes = frozen_features(args, protocol, world)
     if world.rank != 0:
         return
     predictions = knn_predict(*train, val[0], num_classes=len(classes), k=args.k)
     top1 = 100 * (predictions == val[1]).double().mean().item()
-    write_result(path, args, train, val, top1)
+    write_result(path, args, {"train_images": len(train[1]), "val_images": len(val[1]), "top1": top1})
+    print(f"{args.dataset} {args.method} seed {args.seed}: top-1 {top1:.2f} % of {len(val[1])} images (k-NN) -> {path}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """GRPO-RM: the method of "Fine-Tuning Representation Models via GRPO-Driven Reinforcement Learning" (arXiv 2511.15256).
 
 Three parts, in the order of the paper: the objective (one function per equation), the policy (backbone and head), and
-Algorithm 1 with its distributed and mixed-precision training. train_cls.py is the stage that puts them to work.
+Algorithm 1 with its distributed and mixed-precision training. train_cls.py and train_seg.py are the stages that put them to work.
 
 Letters: B images, N samples (images or pixels), G outputs in the group (= classes), D features, H W pixels.
 The policy pi_theta gives p = softmax(logits); the old policy pi_theta_old gives q = softmax(old_logits).
@@ -27,11 +27,25 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torchvision.models import VisionTransformer
 from tqdm import tqdm
 
 from checkpoint import NEUTRAL, Meter, Run, config_beside, load_strictly, write_json
-from data import IGNORE, PROTOCOLS, ArgumentParser, EvalLoader, InputError, Split, first_line, limit, load_splits, number
+from data import (
+    IGNORE,
+    ArgumentParser,
+    EvalLoader,
+    InputError,
+    Protocol,
+    SceneSplit,
+    Split,
+    first_line,
+    limit,
+    load_splits,
+    number,
+    resolve_task,
+)
 
 # ------------------------------------------------------------------------------------------------------------------
 # Objective
@@ -317,6 +331,36 @@ class ClassificationHead(nn.Module):
             return self.layers(class_token.to(self.layers[0].weight.dtype))
 
 
+class SegmentationHead(nn.Module):
+    """Patch tokens upsampled from h x w to map_size x map_size, then Linear(D, hidden) - ReLU - Linear(hidden, G) per pixel.
+
+    The first linear layer comes before the bilinear upsampling, which is the same function for 1/16 of the work: the
+    weights of an interpolation sum to 1. Always in float32, as ClassificationHead. With gradients `chunk` images at a
+    time go through what follows, and their (hidden, M, M) maps are computed again in the backward pass, so that an image
+    keeps no more than its logits; 0 keeps everything."""
+
+    def __init__(self, embed_dim: int, num_outputs: int, hidden_dim: int = 256, map_size: int = 128, chunk: int = 8):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(embed_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, num_outputs))
+        self.map_size, self.chunk = map_size, chunk
+
+    def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
+        """DINOv2's dict of features of square images -> logits (B, G, M, M) float32."""
+        tokens = features["x_norm_patchtokens"]  # (B, h*w, D)
+        side = math.isqrt(tokens.shape[1])
+        with torch.autocast(tokens.device.type, enabled=False):
+            hidden = self.layers[0](tokens.to(self.layers[0].weight.dtype))  # (B, h*w, hidden)
+            hidden = hidden.transpose(1, 2).unflatten(2, (side, side))  # (B, hidden, h, w)
+            if not (self.chunk and torch.is_grad_enabled()):
+                return self._upsampled_logits(hidden)
+            return torch.cat([checkpoint(self._upsampled_logits, part, use_reentrant=False) for part in hidden.split(self.chunk)])
+
+    def _upsampled_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = F.interpolate(hidden, size=[self.map_size] * 2, mode="bilinear")  # (b, hidden, M, M)
+        last = self.layers[2]
+        return F.conv2d(F.relu(hidden), last.weight[:, :, None, None], last.bias)  # (b, G, M, M)
+
+
 class Policy(nn.Module):
     """pi_theta: a backbone and a head, trained together (Algorithm 1, line 1)."""
 
@@ -325,7 +369,7 @@ class Policy(nn.Module):
         self.backbone, self.head = backbone, head
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """images (B, 3, H, W) -> logits (B, G) float32."""
+        """images (B, 3, H, W) -> logits (B, G), or maps of them (B, G, M, M), float32."""
         return self.head(self.backbone.forward_features(images))
 
 
@@ -447,12 +491,12 @@ def training_step(model, old_policy, optimizer, scaler, images, targets, args, w
         wait = world.size > 1 and i < len(pieces)  # the ranks' gradients are summed with the last piece
         with model.no_sync() if wait else contextlib.nullcontext():
             with autocast(args.amp, world.device):
-                logits = model(x)  # pi(y|x), (B, G)
+                logits = model(x)  # pi(y|x), (B, G) or (B, G, M, M)
             if old_policy is None:
                 loss, stats = cross_entropy_loss(logits, y, ignore_index=IGNORE)
             else:
                 with torch.no_grad(), autocast(args.amp, world.device):
-                    old_logits = old_policy(x)  # line 5: pi_old(y|x), (B, G)
+                    old_logits = old_policy(x)  # line 5: pi_old(y|x), of the same shape
                 loss, stats = grpo_rm_loss(  # lines 6 to 8
                     logits,
                     old_logits,
@@ -461,6 +505,7 @@ def training_step(model, old_policy, optimizer, scaler, images, targets, args, w
                     uniformity=args.uniformity,
                     accuracy_weight=args.accuracy_weight,
                     uniformity_weight=args.uniformity_weight,
+                    background_penalty=args.background_penalty,
                     weighting=args.group_weighting,
                     ratio_floor=args.ratio_floor,
                     ignore_index=IGNORE,
@@ -486,7 +531,7 @@ def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args
     policy.
 
     `loader` is a TrainLoader: `loader.epoch(e, start)` yields this rank's (images, targets), len(loader) is the number of
-    steps in an epoch, loader.pixels.unreadable names the files that were passed over. `validate()` gives numbers for the epoch's log line. Leaves config.json, log.jsonl, checkpoint.pt, backbone.pth and
+    steps in an epoch, loader.samples.unreadable names the files that were passed over. `validate()` gives numbers for the epoch's log line. Leaves config.json, log.jsonl, checkpoint.pt, backbone.pth and
     head.pth in args.output_dir; with args.resume it goes on from the checkpoint there. Raises InputError, Diverged and Stopped.
     """
     old_policy = None
@@ -545,14 +590,41 @@ def announcement(args: argparse.Namespace, world: World, steps_per_epoch: int, l
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Frozen features, for the evaluations
+# What the stages measure
+
+
+def confusion_matrix(predictions: torch.Tensor, targets: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """(C, C) int64 counts, rows truth and columns prediction, of predictions and targets of one shape on one device.
+    Targets outside 0..C-1 (void) take no part."""
+    valid = (targets >= 0) & (targets < num_classes)
+    pairs = targets[valid].long() * num_classes + predictions[valid]
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def segmentation_scores(confusion: torch.Tensor) -> dict[str, float | list[float | None]]:
+    """Scores between 0 and 1 from a confusion matrix (C, C), rows truth and columns prediction.
+
+    "pixel_acc" is sum TP / all pixels; "iou" the micro-averaged sum TP / sum (TP + FP + FN) = acc / (2 - acc), which is
+    what the paper's tables call IoU; "per_class_iou" TP / (TP + FP + FN), None for a class absent from both truth and
+    prediction; "miou" the mean of those that are not None. Without any pixel all scores are 0.
+    """
+    confusion = torch.as_tensor(confusion, dtype=torch.float64).cpu()
+    hits, total = confusion.diag(), confusion.sum()
+    union = confusion.sum(0) + confusion.sum(1) - hits  # TP + FP + FN
+    present = union > 0
+    per_class = hits / union.clamp(min=1)
+    return {
+        "pixel_acc": (hits.sum() / total.clamp(min=1)).item(),
+        "iou": (hits.sum() / (2 * total - hits.sum()).clamp(min=1)).item(),
+        "miou": (per_class.sum() / present.sum().clamp(min=1)).item(),
+        "per_class_iou": [iou if there else None for iou, there in zip(per_class.tolist(), present.tolist(), strict=True)],
+    }
 
 
 @torch.no_grad()
-def extract_features(backbone: nn.Module, loader: EvalLoader, amp: str, world: World) -> tuple[torch.Tensor, torch.Tensor]:
+def class_tokens(backbone: nn.Module, loader: EvalLoader, amp: str, world: World) -> tuple[torch.Tensor, torch.Tensor]:
     """The class tokens (n, D) float32 of all n samples of the loader's split, and their targets (n,), on every rank's
     device. A token is computed on one rank and the others add zero to it: no digit depends on the number of ranks."""
-    backbone.eval()
     features = torch.zeros(loader.num_samples, backbone.embed_dim, device=world.device)
     targets = torch.zeros(loader.num_samples, dtype=torch.int64, device=world.device)
     for indices, images, labels in tqdm(loader, "features", disable=None if world.rank == 0 else True, leave=False):
@@ -565,32 +637,19 @@ def extract_features(backbone: nn.Module, loader: EvalLoader, amp: str, world: W
     return features, targets
 
 
-def frozen_features(args: argparse.Namespace, world: World) -> tuple[tuple, tuple, list[str]]:
-    """What an evaluation starts from: (features, targets) of the training split, the same of the validation split, and
-    the names of the classes. Fills in the arguments that were left out, from the config.json beside the weights where
-    there is one: method, seed, backbone, and the image size if the dataset is the same. Raises InputError."""
-    config = {} if args.frozen else config_beside(args.weights)
-    args.method = config.get("method", "frozen")
-    args.fit_seed = next(seed for seed in (args.seed, config.get("seed"), 0) if seed is not None)
-    args.seed = config.get("seed", args.fit_seed)
-    args.backbone, args.hub_repo = args.backbone or config.get("backbone"), args.hub_repo or config.get("hub_repo")
-    if not args.image_size and config.get("dataset") == args.dataset:
-        args.image_size = config["image_size"]
-    resolve_model_arguments(args, world)
+def frozen_features(args: argparse.Namespace, protocol: Protocol, world: World) -> tuple[tuple, tuple, list[str]]:
+    """What a classification's evaluation starts from: (features, targets) of the training split, the same of the validation
+    split, and the names of the classes. Raises InputError."""
     train_split, val_split, backbone = load_data_and_backbone(args, world)
-    features = []
-    for split in (train_split, val_split):
-        loader = EvalLoader(split, args.dataset, args.image_size, args.batch_size, world, args.workers)
-        features.append(extract_features(backbone.to(world.device), loader, args.amp, world))
-    return features[0], features[1], train_split.classes
+    loaders = [EvalLoader(split, protocol, args.image_size, args.batch_size, world, args.workers) for split in (train_split, val_split)]
+    train, val = (class_tokens(backbone, loader, args.amp, world) for loader in loaders)
+    return train, val, train_split.classes
 
 
-def write_result(path: Path, args: argparse.Namespace, train: tuple, val: tuple, top1: float) -> None:
-    """Write an evaluation's result: the score, which weights, which data, and all settings. Prints the score."""
+def write_result(path: Path, args: argparse.Namespace, result: dict) -> None:
+    """Write an evaluation's result: the scores and counts in `result`, which weights, which data, and all settings."""
     settings = {k: v for k, v in vars(args).items() if k not in NEUTRAL or k in ("weights", "hub_repo")}
-    result = settings | {"train_images": len(train[1]), "val_images": len(val[1]), "top1": round(top1, 4)}
-    write_json(path, result)
-    print(f"{args.dataset} {args.method} seed {args.seed}: top-1 {top1:.2f} % of {len(val[1])} images -> {path}")
+    write_json(path, settings | {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()})
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -615,7 +674,7 @@ def add_training_arguments(parser: ArgumentParser, *, lr: float, lr_end: float, 
     of 256, lr and lr_end."""
     group = parser.add_argument_group("training data")
     group.add_argument("--train-fraction", type=number(0, 1, open_low=True), default=1.0, help="random share of the training set, the same for both methods")
-    group.add_argument("--augment", choices=["default", "none"], default="default", help="default: crop after zero padding and flip; ImageNet: random resized crop and flip")
+    group.add_argument("--augment", choices=["default", "none"], default="default", help="default: crop after zero padding and flip; ImageNet: random resized crop and flip; segmentation: flip")
     group.add_argument("--skip-unreadable", action="store_true", help="let the next sample stand in for a file that cannot be read, and list it in the log; stop at 1 %% of them")
 
     group = parser.add_argument_group("objective")
@@ -637,7 +696,7 @@ def add_training_arguments(parser: ArgumentParser, *, lr: float, lr_end: float, 
     group.add_argument("--head-lr-factor", type=number(0, open_low=True), default=1.0, help="multiplies the head's learning rate; the paper's is 1")
     group.add_argument("--warmup-epochs", type=number(0), default=0.0, help="linear warm-up; the paper has none")
     group.add_argument("--max-grad-norm", type=number(0, open_low=True), help="clip the gradient's norm; default: off, as in the paper")
-    group.add_argument("--hidden-dim", type=number(1, kind=int), default=256, help="width of the head; the paper's is 256")
+    group.add_argument("--hidden-dim", type=number(1, kind=int), help="width of the head; default: the paper's, 64 for VOC and 256 otherwise")
 
     group = parser.add_argument_group("run")
     group.add_argument("--deterministic", action="store_true", help="the same bits in every run on the same GPUs; position embeddings are then not trained, for their interpolation has no deterministic gradient there")
@@ -652,15 +711,15 @@ def add_training_arguments(parser: ArgumentParser, *, lr: float, lr_end: float, 
 def add_evaluation_arguments(parser: ArgumentParser) -> None:
     """For both evaluations of frozen features."""
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--batch-size", type=number(1, kind=int), default=1024, help="images in a forward pass; for the linear layer also its batch m")
+    group.add_argument("--batch-size", type=number(1, kind=int), help="images in a forward pass, for the linear layer also its batch m; default: the paper's 1024, 256 for segmentation")
     group.add_argument("--frozen", action="store_true", help="the weights are the baseline that post-training starts from, also where they come from a run")
     group.add_argument("--output", metavar="FILE.json", help="default: beside the weights of a run, else in runs/<dataset>/frozen/seed<seed>")
     parser.set_defaults(seed=None)  # that of the run that is judged
 
 
-def resolve_training_arguments(args: argparse.Namespace, world: World, *, lr: float, lr_end: float) -> None:
+def resolve_training_arguments(args: argparse.Namespace, world: World, *, lr: float, lr_end: float) -> Protocol:
     """Fill in the defaults that depend on other arguments, lr and lr_end being the paper's for a batch of 256, and refuse
-    combinations that cannot work (InputError)."""
+    combinations that cannot work (InputError). Returns the dataset's protocol."""
     pieces = world.size * args.grad_accum
     if args.batch_size % pieces:
         raise InputError(f"--batch-size {args.batch_size} cannot be divided by {world.size} processes x --grad-accum {args.grad_accum}; take a multiple of {pieces}")
@@ -669,8 +728,25 @@ def resolve_training_arguments(args: argparse.Namespace, world: World, *, lr: fl
         raise InputError(f"--warmup-epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}; take fewer")
     if args.method == "grpo_rm" and args.accuracy_weight == 0 and (args.uniformity == "none" or args.uniformity_weight == 0):
         raise InputError("--accuracy-weight 0 with no uniformity reward leaves nothing to learn; give one of them a weight")
-    resolve_model_arguments(args, world)
+    protocol = resolve_model_arguments(args, world)
+    args.hidden_dim = args.hidden_dim or protocol.hidden_dim
     args.output_dir = args.output_dir or f"runs/{args.dataset}/{args.method}/seed{args.seed}"
+    return protocol
+
+
+def resolve_evaluation_arguments(args: argparse.Namespace, world: World) -> Protocol:
+    """Fill in the arguments that were left out, from the config.json beside the weights where there is one: method, seed,
+    backbone, and the image size if the dataset is the same. Returns the dataset's protocol. Raises InputError."""
+    config = {} if args.frozen else config_beside(args.weights)
+    args.method = config.get("method", "frozen")
+    args.fit_seed = next(seed for seed in (args.seed, config.get("seed"), 0) if seed is not None)
+    args.seed = config.get("seed", args.fit_seed)
+    args.backbone, args.hub_repo = args.backbone or config.get("backbone"), args.hub_repo or config.get("hub_repo")
+    if not args.image_size and config.get("dataset") == args.dataset:
+        args.image_size = config["image_size"]
+    protocol = resolve_model_arguments(args, world)
+    args.batch_size = args.batch_size or (256 if args.task == "segmentation" else 1024)
+    return protocol
 
 
 def resolve_learning_rate(args: argparse.Namespace, lr: float, lr_end: float) -> None:
@@ -681,18 +757,20 @@ def resolve_learning_rate(args: argparse.Namespace, lr: float, lr_end: float) ->
         raise InputError(f"--lr-end {args.lr_end:g} is above --lr {args.lr:g}; the rate falls from the one to the other")
 
 
-def resolve_model_arguments(args: argparse.Namespace, world: World) -> None:
-    """Fill in the defaults that belong to the dataset and the device."""
+def resolve_model_arguments(args: argparse.Namespace, world: World) -> Protocol:
+    """Fill in the defaults that belong to the dataset and the device. Returns the dataset's protocol."""
+    protocol = resolve_task(args)
     args.device = world.device.type
     args.backbone = args.backbone or ("vit_tiny" if args.dataset.startswith("shapes") else "dinov2_vits14")
     args.hub_repo = args.hub_repo or (HUB_REPO if args.backbone in DINOV2 else None)
-    args.image_size = args.image_size or PROTOCOLS[args.dataset].image_size
+    args.image_size = args.image_size or protocol.image_size
     args.amp = resolve_amp(args.amp, world.device)
+    return protocol
 
 
-def load_data_and_backbone(args: argparse.Namespace, world: World) -> tuple[Split, Split, nn.Module]:
-    """The training and validation split, cut to the limits, and the backbone, checked against the image size. The
-    weights of a randomly initialised backbone are those of args.seed, in post-training as in evaluation."""
+def load_data_and_backbone(args: argparse.Namespace, world: World) -> tuple[Split | SceneSplit, Split | SceneSplit, nn.Module]:
+    """The training and validation split, cut to the limits, and the backbone on this process's device, checked against the
+    image size. The weights of a randomly initialised backbone are those of args.seed, in post-training as in evaluation."""
     with one_rank_first(world):
         train_split, val_split = load_splits(args.dataset, args.data_root, download=args.download)
     torch.manual_seed(args.seed)
@@ -701,4 +779,4 @@ def load_data_and_backbone(args: argparse.Namespace, world: World) -> tuple[Spli
     check_image_size(backbone, args.image_size)
     if world.rank == 0 and not args.weights and args.hub_repo and os.path.isdir(args.hub_repo):
         print(f"warning: {args.backbone} starts from random weights: {args.hub_repo} holds code only; give --weights FILE", file=sys.stderr)
-    return limit(train_split, args.limit_train), limit(val_split, args.limit_val), backbone
+    return limit(train_split, args.limit_train), limit(val_split, args.limit_val), backbone.to(world.device)

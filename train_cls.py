@@ -35,9 +35,10 @@ PAPER = {"lr": 1e-3, "lr_end": 1e-5}  # for a batch of 256
 
 def parse_args(argv: list[str] | None):
     parser = ArgumentParser(__doc__)
-    add_data_arguments(parser)
+    add_data_arguments(parser, "classification")
     add_model_arguments(parser)
     add_training_arguments(parser, **PAPER, batch_size=1024)
+    parser.set_defaults(background_penalty=0.0)  # segmentation's
     return parser.parse_args(argv)
 
 
@@ -58,7 +59,7 @@ def head_accuracy(policy: Policy, loader: EvalLoader, amp: str, world: World) ->
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     world = init_world(args.device, args.timeout_minutes)
-    resolve_training_arguments(args, world, **PAPER)
+    protocol = resolve_training_arguments(args, world, **PAPER)
     train_split, val_split, backbone = load_data_and_backbone(args, world)
     if args.deterministic:
         make_deterministic(backbone)
@@ -66,10 +67,9 @@ def main(argv: list[str] | None = None) -> None:
     head = ClassificationHead(backbone.embed_dim, len(train_split.classes), args.hidden_dim)
     policy = Policy(backbone, head).to(world.device)  # line 1 of Algorithm 1
 
-    data, skip = (args.dataset, args.image_size), args.skip_unreadable
-    augment = args.augment == "default"
-    loader = TrainLoader(train_split, *data, args.batch_size, world, args.workers, seed=args.seed, augment=augment, skip_unreadable=skip)
-    val_loader = EvalLoader(val_split, *data, 256, world, args.workers, skip_unreadable=skip)
+    options = {"seed": args.seed, "augment": args.augment == "default", "skip_unreadable": args.skip_unreadable}
+    loader = TrainLoader(train_split, protocol, args.image_size, args.batch_size, world, args.workers, **options)
+    val_loader = EvalLoader(val_split, protocol, args.image_size, 256, world, args.workers, skip_unreadable=args.skip_unreadable)
     train(policy, loader, lambda: head_accuracy(policy, val_loader, args.amp, world), args, world)
 
 

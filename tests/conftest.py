@@ -11,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from data import PROTOCOLS
 from grpo_rm import World
 
+CLASSIFICATION, SEGMENTATION = PROTOCOLS["classification"], PROTOCOLS["segmentation"]
 ROOT = Path(__file__).resolve().parent.parent
 CPU = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 TINY = ["--device", "cpu", "--workers", "2", "--limit-train", "100", "--limit-val", "40"]  # of the embedded shapes

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, write_image
+from conftest import CLASSIFICATION, CPU, write_image
 from PIL import Image
 
 import data
@@ -46,7 +46,7 @@ def test_global_batches_depend_on_the_seed_alone(augment):
     split = draw_shapes_split(50, seed=0)
 
     def epochs(size, seed=1):
-        loaders = [TrainLoader(split, "shapes", 42, 16, rank(r, size), 1, seed=seed, augment=augment) for r in range(size)]
+        loaders = [TrainLoader(split, CLASSIFICATION["shapes"], 42, 16, rank(r, size), 1, seed=seed, augment=augment) for r in range(size)]
         batches = []
         for epoch in range(2):
             for parts in zip(*(loader.epoch(epoch) for loader in loaders), strict=True):
@@ -64,7 +64,7 @@ def test_global_batches_depend_on_the_seed_alone(augment):
 
 
 def test_an_epoch_can_start_in_its_middle():
-    loader = TrainLoader(draw_shapes_split(50, seed=0), "shapes", 42, 16, CPU, 1, seed=0, augment=True)
+    loader = TrainLoader(draw_shapes_split(50, seed=0), CLASSIFICATION["shapes"], 42, 16, CPU, 1, seed=0, augment=True)
     whole, rest = list(loader.epoch(3)), list(loader.epoch(3, start=2))
     assert len(whole) == len(loader) == 4 and len(rest) == 2
     assert all(torch.equal(a, b) for pair in zip(whole[2:], rest, strict=True) for a, b in zip(*pair, strict=True))
@@ -72,7 +72,7 @@ def test_an_epoch_can_start_in_its_middle():
 
 def test_every_sample_once_in_training():
     split = data.Split(["a", "b"], torch.arange(50), draw_shapes_split(50, seed=0).read)
-    loader = TrainLoader(split, "shapes", 42, 16, CPU, 1, seed=0, augment=True)
+    loader = TrainLoader(split, CLASSIFICATION["shapes"], 42, 16, CPU, 1, seed=0, augment=True)
     assert torch.cat([targets for _, targets in loader.epoch(0)]).sort().values.equal(torch.arange(50))
 
 
@@ -81,7 +81,7 @@ def test_evaluation_sees_every_sample_once_in_the_same_batches(count, size):
     split = draw_shapes_split(count, seed=0)
     seen = {}
     for r in range(size):
-        for indices, images, targets in EvalLoader(split, "shapes", 42, 8, rank(r, size), 1):
+        for indices, images, targets in EvalLoader(split, CLASSIFICATION["shapes"], 42, 8, rank(r, size), 1):
             assert torch.equal(targets, split.targets[indices])
             for position, i in enumerate(indices.tolist()):
                 assert i not in seen and i % 8 == position
@@ -93,8 +93,8 @@ def test_resident_and_streamed_pixels_are_the_same(image_folder, monkeypatch):
     split, _ = load_splits("folder", str(image_folder))
 
     def batches(workers):
-        loader = TrainLoader(split, "folder", 28, 5, CPU, workers, seed=0, augment=True)
-        return [images for images, _ in loader.epoch(0)], loader.pixels.resident is not None
+        loader = TrainLoader(split, CLASSIFICATION["folder"], 28, 5, CPU, workers, seed=0, augment=True)
+        return [images for images, _ in loader.epoch(0)], loader.samples.resident is not None
 
     resident, kept = batches(2)
     monkeypatch.setattr(data, "RESIDENT_BYTES", 0)
@@ -108,7 +108,7 @@ def test_random_resized_crops_do_not_depend_on_workers_or_ranks(image_folder):
     split, _ = load_splits("imagenet", str(image_folder))
 
     def epoch(e, size, workers):
-        loaders = [TrainLoader(split, "imagenet", 28, 6, rank(r, size), workers, seed=0, augment=True) for r in range(size)]
+        loaders = [TrainLoader(split, CLASSIFICATION["imagenet"], 28, 6, rank(r, size), workers, seed=0, augment=True) for r in range(size)]
         return torch.cat([torch.cat([images for images, _ in parts]) for parts in zip(*(x.epoch(e) for x in loaders), strict=True)])
 
     expected = epoch(0, 1, 0)
@@ -168,7 +168,7 @@ def test_imagenet_validation_is_the_centre_of_a_larger_resize(tmp_path):
     """The shorter side becomes size * 256 / 224, of which the centre is cut out."""
     image = Image.fromarray((np.random.default_rng(0).random((64, 96, 3)) * 255).astype(np.uint8))
     split = data.Split(["a", "b"], torch.zeros(1, dtype=torch.int64), lambda i: image)
-    _, images, _ = next(iter(EvalLoader(split, "imagenet", 28, 4, CPU, 0)))
+    _, images, _ = next(iter(EvalLoader(split, CLASSIFICATION["imagenet"], 28, 4, CPU, 0)))
     expected = np.asarray(image.resize((48, 32), Image.Resampling.BICUBIC).crop((10, 2, 38, 30)))
     assert torch.equal(images, to_input(torch.from_numpy(expected.copy())[None], 28))
 
@@ -258,7 +258,7 @@ def test_an_unreadable_image_is_named(image_folder, content, stream, monkeypatch
         monkeypatch.setattr(data, "RESIDENT_BYTES", 0)
     split, _ = load_splits("folder", str(image_folder))
     with pytest.raises(InputError, match=r"class1/0\.jpg cannot be read") as error:
-        list(TrainLoader(split, "folder", 28, 5, CPU, 2, seed=0, augment=True).epoch(0))
+        list(TrainLoader(split, CLASSIFICATION["folder"], 28, 5, CPU, 2, seed=0, augment=True).epoch(0))
     assert "\n" not in str(error.value)
 
 

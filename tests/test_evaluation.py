@@ -8,7 +8,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from conftest import TINY, free_port, run_script, stderr_of
+from conftest import CLASSIFICATION, TINY, free_port, run_script, stderr_of
 
 import eval_knn
 import eval_linear
@@ -17,7 +17,7 @@ import train_cls
 from data import EvalLoader, draw_shapes_split
 from eval_knn import knn_predict
 from eval_linear import fit_softmax_regression
-from grpo_rm import extract_features, init_world, load_backbone
+from grpo_rm import class_tokens, init_world, load_backbone
 
 
 def brute_force(train, labels, test, num_classes, k):
@@ -149,8 +149,8 @@ def ranks_extract(rank, size, port, directory):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     world = init_world("cpu")
     torch.manual_seed(0)
-    loader = EvalLoader(draw_shapes_split(41, seed=0), "shapes", 42, 8, world, 1)
-    torch.save(extract_features(load_backbone("vit_tiny"), loader, "off", world), f"{directory}/{size}_{rank}.pth")
+    loader = EvalLoader(draw_shapes_split(41, seed=0), CLASSIFICATION["shapes"], 42, 8, world, 1)
+    torch.save(class_tokens(load_backbone("vit_tiny"), loader, "off", world), f"{directory}/{size}_{rank}.pth")
     if world.size > 1:
         torch.distributed.destroy_process_group()
 

@@ -18,7 +18,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import CPU, ROOT, TINY, free_port, run_script, stderr_of, write_image
+from conftest import CLASSIFICATION, CPU, ROOT, TINY, free_port, run_script, stderr_of, write_image
 from soak_resume import children, log_without_speed, soak
 
 import data
@@ -206,7 +206,7 @@ def poisoned(rank: int, port: int, directory: str, kind: str) -> None:
     grpo_rm.resolve_training_arguments(args, world, **train_cls.PAPER)
     torch.manual_seed(0)
     policy = Policy(VitTiny().eval(), ClassificationHead(96, 10))
-    loader = TrainLoader(draw_shapes_split(100, seed=0), "shapes", 42, 20, world, 1, seed=0, augment=True)
+    loader = TrainLoader(draw_shapes_split(100, seed=0), CLASSIFICATION["shapes"], 42, 20, world, 1, seed=0, augment=True)
     original, calls, seen = grpo_rm.training_step, iter(range(1, 10**9)), {}
     loss_function = grpo_rm.cross_entropy_loss
 
@@ -282,7 +282,7 @@ def test_skip_unreadable(damaged_folder, stream, tmp_path, capsys, monkeypatch):
     (event,) = [event for event in read_log(tmp_path / "run" / "log.jsonl") if event["event"] == "unreadable"]
     assert "class1/101.png cannot be read" in event["reason"] and event["count"] == 1
     split, _ = load_splits("folder", str(damaged_folder))
-    loader = TrainLoader(split, "folder", 28, 50, CPU, 1, seed=0, augment=False, skip_unreadable=True)
+    loader = TrainLoader(split, CLASSIFICATION["folder"], 28, 50, CPU, 1, seed=0, augment=False, skip_unreadable=True)
     batches = list(loader.epoch(0))
     assert sum(len(images) for images, _ in batches) == 200
     bad = split.targets.tolist().index(1) + 50  # the sorted place of 101.png: its stand-in is the next of its class
@@ -369,5 +369,5 @@ def test_log_lines_are_valid_json_after_everything(whole):
 def test_global_batch_of_an_empty_rank_is_harmless(whole):
     """3 samples on 4 ranks: the last rank's only target is ignored."""
     world = grpo_rm.World(3, 3, 4, torch.device("cpu"))
-    ((images, targets),) = TrainLoader(draw_shapes_split(3, seed=0), "shapes", 42, 20, world, 1, seed=0, augment=True).epoch(0)
+    ((images, targets),) = TrainLoader(draw_shapes_split(3, seed=0), CLASSIFICATION["shapes"], 42, 20, world, 1, seed=0, augment=True).epoch(0)
     assert len(images) == 1 and targets.tolist() == [data.IGNORE]

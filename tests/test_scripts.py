@@ -115,7 +115,7 @@ SHAPES = [*TINY, "--batch-size", "50", "--epochs", "1"]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset", "mnist"], "invalid choice: 'mnist'"),
+        (["--dataset", "mnist"], "--dataset mnist: unknown; choose one of shapes, "),
         (["--backbone", "dinov2_vitx14"], "--backbone dinov2_vitx14: unknown"),
         (["--dataset", "cifar10", "--data-root", "{tmp}/nowhere"], "nowhere: no such directory"),
         (["--dataset", "cifar10", "--data-root", "{tmp}"], "add --download, or unpack"),

@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from conftest import CPU, TINY, free_port, stderr_of
+from conftest import CLASSIFICATION, CPU, TINY, free_port, stderr_of
 
 import checkpoint
 import grpo_rm
@@ -49,7 +49,7 @@ class DoubleLoader(TrainLoader):
 def train_in_double(directory: str, world: World, *extra: str) -> None:
     """Two epochs of three steps, the last of 3 samples: some ranks and pieces are empty."""
     args = arguments("--output-dir", directory, *extra)
-    loader = DoubleLoader(draw_shapes_split(83, seed=0), "shapes", 42, 40, world, 1, seed=3, augment=args.augment == "default")
+    loader = DoubleLoader(draw_shapes_split(83, seed=0), CLASSIFICATION["shapes"], 42, 40, world, 1, seed=3, augment=args.augment == "default")
     train(small_policy(), loader, dict, args, world)
 
 
@@ -329,7 +329,7 @@ def ranks_that_differ(rank: int, port: int, directory: str) -> None:
     if rank == 0:
         torch.save(state | {"args": vars(args)}, f"{args.output_dir}/checkpoint.pt")
     with pytest.raises(InputError, match="all nodes must see one directory"):
-        checkpoint.Run(args, world, TrainLoader(draw_shapes_split(9, seed=0), "shapes", 42, 3, world, 1, seed=0, augment=False)).start()
+        checkpoint.Run(args, world, TrainLoader(draw_shapes_split(9, seed=0), CLASSIFICATION["shapes"], 42, 3, world, 1, seed=0, augment=False)).start()
     torch.distributed.destroy_process_group()
 
 
