@@ -15,7 +15,10 @@ Letters: B images, H W pixels, M side of a map of labels, n samples of a split. 
 
 import argparse
 import colorsys
+import contextlib
+import fcntl
 import functools
+import hashlib
 import itertools
 import math
 import os
@@ -198,36 +201,40 @@ def task_of(name: str, root: str | None) -> str:
 @dataclass(frozen=True)
 class Split:
     """One half of a classification set: class names, targets (n,) int64, and `read(i)`, which gives sample i as an RGB
-    image and raises InputError naming the file when it cannot be read."""
+    image and raises InputError naming the file when it cannot be read. `files` (n,) are their paths, where they have any."""
 
     classes: list[str]
     targets: torch.Tensor
     read: Callable[[int], Image.Image]
+    files: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def subset(self, indices: np.ndarray) -> "Split":
         """The samples at `indices`, in that order."""
-        return Split(self.classes, self.targets[torch.as_tensor(indices)], lambda i: self.read(int(indices[i])))
+        files = None if self.files is None else self.files[indices]
+        return Split(self.classes, self.targets[torch.as_tensor(indices)], lambda i: self.read(int(indices[i])), files)
 
 
 @dataclass(frozen=True)
 class SceneSplit:
     """One half of a segmentation set: class names, the number n of scenes, and `read(i)`, which gives scene i as an RGB
     image and its mask (H, W) uint8 of the same size, with class indices and VOID. It raises InputError naming the file
-    when either cannot be used."""
+    when either cannot be used. `files` (n, 2) are the paths of both, where they have any."""
 
     classes: list[str]
     count: int
     read: Callable[[int], tuple[Image.Image, np.ndarray]]
+    files: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.count
 
     def subset(self, indices: np.ndarray) -> "SceneSplit":
         """The scenes at `indices`, in that order."""
-        return SceneSplit(self.classes, len(indices), lambda i: self.read(int(indices[i])))
+        files = None if self.files is None else self.files[indices]
+        return SceneSplit(self.classes, len(indices), lambda i: self.read(int(indices[i])), files)
 
 
 def load_splits(name: str, root: str | None, *, download: bool = False) -> tuple[Split, Split] | tuple[SceneSplit, SceneSplit]:
@@ -380,7 +387,7 @@ def _image_files(folder: Path) -> list[str]:
 
 def _file_split(classes: list[str], samples: list[tuple[str, int]]) -> Split:
     files = np.array([file for file, _ in samples])  # one array: a list of strings would be copied into every worker
-    return Split(classes, torch.tensor([label for _, label in samples]), lambda i: read_image(str(files[i])))
+    return Split(classes, torch.tensor([label for _, label in samples]), lambda i: read_image(str(files[i])), files)
 
 
 def read_image(file: str) -> Image.Image:
@@ -440,7 +447,8 @@ COCO_CLASSES = [name for name in MaskRCNN_ResNet50_FPN_Weights.DEFAULT.meta["cat
 def _scene_split(classes: list[str], pairs: list[tuple[str, str]], table: np.ndarray, hint: str = "") -> SceneSplit:
     """Scenes from (image file, mask file); `table` turns a mask's labels into class indices. The first mask that is not
     all void is read at once, so that a set which cannot be used is refused before anything is computed."""
-    images, masks = np.array(pairs).T  # arrays: a list of strings would be copied into every worker
+    files = np.array(pairs)  # an array: a list of strings would be copied into every worker
+    images, masks = files.T
     hint = hint or f"labels are 0 to {len(classes) - 1}, and {VOID} for void; correct the mask or the list of classes"
 
     def labels(i: int) -> np.ndarray:
@@ -459,7 +467,7 @@ def _scene_split(classes: list[str], pairs: list[tuple[str, str]], table: np.nda
 
     if not any((labels(i) != VOID).any() for i in range(len(masks))):
         raise InputError(f"all {len(masks)} masks in {Path(masks[0]).parent} are void ({VOID}) everywhere; nothing can be learned or scored")
-    return SceneSplit(classes, len(images), read)
+    return SceneSplit(classes, len(images), read, files)
 
 
 def _pair_up(images: Path, masks: Path) -> list[tuple[str, str]]:
@@ -730,22 +738,84 @@ def decode_scene(split: SceneSplit, sides: list[int], map_size: int | None) -> D
     return decode
 
 
+def decoded_cache(split: Split | SceneSplit, recipe: str, directory: str | None) -> Path | None:
+    """The file that keeps the decoded samples of `split` in `directory` (None: $GRPO_RM_CACHE, else ~/.cache/grpo-rm; "off":
+    nowhere), named after the recipe and the path, size and date of every source file. None where there are no files, as
+    for CIFAR and STL-10, which are stored decoded."""
+    if split.files is None or directory == "off":
+        return None
+    digest = hashlib.sha256(recipe.encode())
+    for file in split.files.flat:
+        with contextlib.suppress(OSError):  # a file that is gone: the decoding will say so
+            stat = os.stat(file)
+            digest.update(f"\n{os.path.abspath(file)} {stat.st_size} {stat.st_mtime_ns}".encode())
+    home = Path(directory or os.environ.get("GRPO_RM_CACHE") or Path.home() / ".cache" / "grpo-rm")
+    return home / f"{digest.hexdigest()[:32]}.npy"
+
+
+def _write_rows(path: Path, parts: list[np.ndarray]) -> None:
+    """Store parts (n, k) uint8 side by side as one .npy file, whole or not at all; a warning where it cannot be written."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            shape = (len(parts[0]), sum(part.shape[1] for part in parts))
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for start in range(0, shape[0], 1024):
+                file.write(np.concatenate([part[start : start + 1024] for part in parts], axis=1).tobytes())
+        os.replace(temporary, path)
+    except OSError as error:
+        print(f"warning: decoded images cannot be kept in {path.parent} ({first_line(error)}); the run goes on without", file=sys.stderr)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def keeps(input_mode: str, total_bytes: int) -> bool:
+    """Whether decoded samples are kept on the device: "resident", "stream", or by their size ("auto")."""
+    return total_bytes <= RESIDENT_BYTES if input_mode == "auto" else input_mode == "resident"
+
+
 class Samples:
     """The decoded samples of a split: for every list of them `fetch` yields their parts, each stacked to (B, ...) on the
     device, or where sizes differ a list of B tensors on the CPU.
 
-    A split of up to RESIDENT_BYTES, `sample_bytes` each, is decoded once and kept on the device; others (sample_bytes
-    None: any) are decoded by DataLoader workers as they are asked for. A file that cannot be read raises InputError; with
+    Where `resident` is true they are decoded once and kept on the device, and in the file `cache` (decoded_cache) for runs
+    to come; else DataLoader workers decode them as they are asked for. A file that cannot be read raises InputError; with
     `skip_unreadable` the next sample stands in for it, and `unreadable` says which and why.
     """
 
-    def __init__(self, count: int, decode: Decode, sample_bytes: int | None, world, workers: int, *, skip_unreadable: bool = False):
+    def __init__(self, count: int, decode: Decode, world, workers: int, *, resident: bool, cache: Path | None = None, skip_unreadable: bool = False):
         self.count, self.decode, self.device, self.workers = count, decode, world.device, workers
         self.skip_unreadable, self.unreadable = skip_unreadable, {}
         self.resident = None
-        if count and sample_bytes and count * sample_bytes <= RESIDENT_BYTES:
-            self.resident = self._decode_all(disable=None if world.rank == 0 else True)
+        if count and resident:
+            disable = None if world.rank == 0 else True
+            stores = self._through_cache(cache, disable) if cache else self._decode_all(disable)
+            self.resident = [store.to(self.device) if isinstance(store, torch.Tensor) else store for store in stores]
             self._check_share()
+
+    def _through_cache(self, cache: Path, disable: bool | None) -> list[torch.Tensor | list[torch.Tensor]]:
+        """What _decode_all gives, from the file `cache` where there is one; else it is written. Of several processes one
+        decodes, the others wait for its file. A row of it holds the bytes of a sample's parts, one after the other."""
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            lock = open(cache.with_suffix(".lock"), "w")  # noqa: SIM115
+        except OSError as error:
+            print(f"warning: decoded images cannot be kept ({first_line(error)}); --decoded-cache DIR names another place", file=sys.stderr)
+            return self._decode_all(disable)
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file is closed, also by a process that dies
+            with contextlib.suppress(OSError, ValueError):  # absent or damaged: decoded again
+                rows, stores, start = torch.from_numpy(np.load(cache, mmap_mode="c")), [], 0
+                for part in self._decode(0)[0]:
+                    end = start + part.numel() * part.element_size()
+                    row = rows[:, start:end] if part.dtype == torch.uint8 else rows[:, start:end].contiguous()
+                    stores.append(row.view(part.dtype).view(self.count, *part.shape))
+                    start = end
+                return stores
+            stores = self._decode_all(disable)
+            if not self.unreadable:
+                _write_rows(cache, [store.reshape(self.count, -1).view(torch.uint8).numpy() for store in stores])
+            return stores
 
     def _decode_all(self, disable: bool | None) -> list[torch.Tensor | list[torch.Tensor]]:
         first, _ = self._decode(0)
@@ -763,7 +833,7 @@ class Samples:
                     if p not in ragged and part.shape != stores[p].shape[1:]:
                         ragged[p] = [*stores[p][:i].clone(), *[None] * (self.count - i)]
                     (ragged.get(p) or stores[p])[i] = part
-        return [ragged.get(p) or store.to(self.device) for p, store in enumerate(stores)]
+        return [ragged.get(p) or store for p, store in enumerate(stores)]
 
     def _decode(self, index: int, key: tuple[int, ...] = ()) -> tuple[tuple[torch.Tensor, ...], dict[int, str]]:
         """The parts of sample `index`, or of the next one that can be read, and why those before it could not."""
@@ -834,9 +904,9 @@ def flip_scenes(pixels: torch.Tensor, masks: torch.Tensor, flips: torch.Tensor) 
 
 def to_input(pixels: torch.Tensor, image_size: int) -> torch.Tensor:
     """(B, S, S, 3) uint8 -> (B, 3, image_size, image_size) float32: bicubic (antialiased), ImageNet mean and std."""
-    images = resize(pixels.movedim(-1, 1), image_size)  # channels last in memory
+    images = resize(pixels.movedim(-1, 1), image_size).contiguous()  # channels last in memory until here
     mean, std = _mean_and_std(pixels.device)
-    return images.float().sub_(mean).div_(std).contiguous()
+    return images.float().sub_(mean).div_(std)
 
 
 @functools.cache
@@ -866,6 +936,8 @@ class TrainLoader:
         seed: int,
         augment: bool,
         map_size: int = 128,
+        input_mode: str = "auto",
+        cache_dir: str | None = "off",
         skip_unreadable: bool = False,
     ):
         self.batch_size, self.image_size, self.seed, self.augment, self.world = batch_size, image_size, seed, augment, world
@@ -873,12 +945,14 @@ class TrainLoader:
         resized_crop = protocol.resized_crop and augment
         self.pad = 0 if resized_crop else side // 8  # 4 pixels for CIFAR, 8 for Tiny-ImageNet
         if isinstance(split, SceneSplit):
-            decode = decode_scene(split, [image_size], map_size)
+            decode, recipe = decode_scene(split, [image_size], map_size), f"scenes {image_size} {map_size} {len(split.classes)}"
             sample_bytes = 3 * image_size**2 + map_size**2
         else:
-            decode = decode_labelled(split, side, resized_crop=resized_crop)
-            sample_bytes = None if resized_crop else 3 * side**2
-        self.samples = Samples(len(split), decode, sample_bytes, world, workers, skip_unreadable=skip_unreadable)
+            decode, recipe = decode_labelled(split, side, resized_crop=resized_crop), f"labelled {side} {split.targets.tolist()}"
+            sample_bytes = 3 * side**2
+        resident = not resized_crop and keeps(input_mode, len(split) * sample_bytes)
+        cache = decoded_cache(split, recipe, cache_dir) if resident else None
+        self.samples = Samples(len(split), decode, world, workers, resident=resident, cache=cache, skip_unreadable=skip_unreadable)
 
     def __len__(self) -> int:
         """The number of steps in an epoch."""
@@ -924,7 +998,8 @@ class EvalLoader:
         margin = 256 / 224 if protocol.resized_crop else 1.0  # ImageNet's habit: resize to 256, cut out 224
         side = protocol.stored_size or image_size
         decode = decode_labelled(split.subset(self.mine.numpy()), side, margin=margin)
-        self.samples = Samples(len(self.mine), decode, 3 * side**2, world, workers, skip_unreadable=skip_unreadable)
+        resident = len(self.mine) * 3 * side**2 <= RESIDENT_BYTES
+        self.samples = Samples(len(self.mine), decode, world, workers, resident=resident, skip_unreadable=skip_unreadable)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         local = list(torch.arange(len(self.mine)).split(self.batch_size)) if len(self.mine) else []
@@ -950,9 +1025,9 @@ class SceneLoader:
         skip_unreadable: bool = False,
     ):
         self.sides = sides
-        sample_bytes = None if stream else sum(3 * side**2 for side in sides) + (map_size or max(sides)) ** 2
-        decode = decode_scene(split, sides, map_size)
-        self.samples = Samples(len(split), decode, sample_bytes, world, workers, skip_unreadable=skip_unreadable)
+        sample_bytes = sum(3 * side**2 for side in sides) + (map_size or max(sides)) ** 2
+        resident = not stream and len(split) * sample_bytes <= RESIDENT_BYTES
+        self.samples = Samples(len(split), decode_scene(split, sides, map_size), world, workers, resident=resident, skip_unreadable=skip_unreadable)
 
     def fetch(self, batches: list[torch.Tensor]) -> Iterator[tuple]:
         for *pixels, masks in self.samples.fetch(batches):

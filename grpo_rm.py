@@ -675,6 +675,8 @@ def add_training_arguments(parser: ArgumentParser, *, lr: float, lr_end: float, 
     group = parser.add_argument_group("training data")
     group.add_argument("--train-fraction", type=number(0, 1, open_low=True), default=1.0, help="random share of the training set, the same for both methods")
     group.add_argument("--augment", choices=["default", "none"], default="default", help="default: crop after zero padding and flip; ImageNet: random resized crop and flip; segmentation: flip")
+    group.add_argument("--input", choices=["auto", "resident", "stream"], default="auto", help="resident: decoded once, kept as bytes on the device; stream: decoded by workers in every epoch; auto: resident up to 4 GiB. Random resized crops always stream")
+    group.add_argument("--decoded-cache", metavar="DIR", help="where decoded images are kept for runs to come, or off; default: $GRPO_RM_CACHE, else ~/.cache/grpo-rm")
     group.add_argument("--skip-unreadable", action="store_true", help="let the next sample stand in for a file that cannot be read, and list it in the log; stop at 1 %% of them")
 
     group = parser.add_argument_group("objective")

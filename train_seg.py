@@ -78,11 +78,12 @@ def main(argv: list[str] | None = None) -> None:
     head = SegmentationHead(backbone.embed_dim, num_classes, args.hidden_dim, args.map_size, args.head_chunk)
     policy = Policy(backbone, head).to(world.device)  # line 1 of Algorithm 1
 
-    options = {"map_size": args.map_size, "skip_unreadable": args.skip_unreadable}
-    augment = args.augment == "default"
-    loader = TrainLoader(train_split, protocol, args.image_size, args.batch_size, world, args.workers, seed=args.seed, augment=augment, **options)
+    options = {"seed": args.seed, "augment": args.augment == "default", "map_size": args.map_size, "skip_unreadable": args.skip_unreadable}
+    options |= {"input_mode": args.input, "cache_dir": args.decoded_cache}
+    loader = TrainLoader(train_split, protocol, args.image_size, args.batch_size, world, args.workers, **options)
     mine = torch.arange(len(val_split))[world.rank :: world.size]
-    val_loader = SceneLoader(val_split.subset(mine.numpy()), [args.image_size], world=world, workers=args.workers, **options)
+    val_scenes = val_split.subset(mine.numpy())
+    val_loader = SceneLoader(val_scenes, [args.image_size], args.map_size, world, args.workers, skip_unreadable=args.skip_unreadable)
     val_batches = list(torch.arange(len(mine)).split(16)) if len(mine) else []
     train(policy, loader, lambda: head_scores(policy, val_loader, val_batches, num_classes, args.amp, world), args, world)
 

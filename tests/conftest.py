@@ -21,10 +21,11 @@ TINY = ["--device", "cpu", "--workers", "2", "--limit-train", "100", "--limit-va
 
 
 @pytest.fixture(autouse=True)
-def plain_environment(monkeypatch):
-    """No test sees a data root or a torchrun of the surroundings."""
+def plain_environment(monkeypatch, tmp_path_factory):
+    """No test sees a data root or a torchrun of the surroundings, or leaves decoded images behind."""
     for name in ("GRPO_RM_DATA", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GRPO_RM_CACHE", str(tmp_path_factory.getbasetemp() / "decoded"))
 
 
 def run_script(*command: str | Path, nproc: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:

@@ -104,6 +104,88 @@ def test_resident_and_streamed_pixels_are_the_same(image_folder, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(resident, streamed, strict=True))
 
 
+def decoded(split, directory, **options):
+    """The pixels of one epoch without augmentation, through the files of decoded images in `directory`."""
+    loader = TrainLoader(split, CLASSIFICATION["folder"], 28, 5, CPU, 2, seed=0, augment=False, cache_dir=str(directory), **options)
+    return [tensor for batch in loader.epoch(0) for tensor in batch]
+
+
+def test_decoded_images_are_kept_for_the_next_run(image_folder, tmp_path, monkeypatch):
+    split, _ = load_splits("folder", str(image_folder))
+    first = decoded(split, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
+    reads = []
+    monkeypatch.setattr(data, "read_image", lambda name, real=data.read_image: reads.append(name) or real(name))
+    again = decoded(split, tmp_path / "cache")
+    assert len(reads) == 1  # for the shapes; all the rest come from the file
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    changed = image_folder / "train" / "class1" / "2.png"
+    write_image(changed, 77)
+    assert not all(torch.equal(a, b) for a, b in zip(first, decoded(split, tmp_path / "cache"), strict=True))
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 2  # another file for other sources
+    decoded(split, "off")
+    assert len(list((tmp_path / "cache").glob("*"))) == 4  # and two locks
+
+
+@pytest.mark.parametrize("harm", ["truncated", "not writable", "full"])
+def test_a_damaged_or_missing_store_of_decoded_images_changes_nothing(harm, image_folder, tmp_path, monkeypatch, capsys):
+    split, _ = load_splits("folder", str(image_folder))
+    expected = decoded(split, tmp_path / "cache")
+    (file,) = (tmp_path / "cache").glob("*.npy")
+    directory, whole = tmp_path / "cache", file.read_bytes()
+    if harm == "truncated":
+        file.write_bytes(whole[:300])
+    elif harm == "not writable":
+        directory = file / "below a file"
+    else:
+        file.unlink()
+
+        def refuse(*arguments):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(np.lib.format, "write_array_header_1_0", refuse)
+    again = decoded(split, directory)
+    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+    assert ("cannot be kept" in capsys.readouterr().err) == (harm != "truncated")
+    if harm == "truncated":
+        assert file.read_bytes() == whole
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def decode_in_process(root, directory, output):
+    torch.set_num_threads(1)
+    reads = []
+    real = data.read_image
+    data.read_image = lambda name: reads.append(name) or real(name)
+    split, _ = load_splits("folder", root)
+    tensors = decoded(split, directory)
+    torch.save([len(reads), tensors], output)
+
+
+def test_processes_that_start_together_decode_once(image_folder, tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    outputs = [str(tmp_path / f"{i}.pth") for i in range(3)]
+    processes = [context.Process(target=decode_in_process, args=(str(image_folder), str(tmp_path / "cache"), output)) for output in outputs]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    results = [torch.load(output, weights_only=True) for output in outputs]
+    assert sorted(reads for reads, _ in results) == [1, 1, 19]  # 18 images, and one for the shapes
+    for _, tensors in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(tensors, results[0][1], strict=True))
+
+
+def test_input_can_be_chosen(image_folder):
+    split, _ = load_splits("folder", str(image_folder))
+    results = []
+    for mode in ("resident", "stream"):
+        loader = TrainLoader(split, CLASSIFICATION["folder"], 28, 5, CPU, 0, seed=0, augment=True, input_mode=mode)
+        assert (loader.samples.resident is not None) == (mode == "resident")
+        results.append([images for images, _ in loader.epoch(0)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_random_resized_crops_do_not_depend_on_workers_or_ranks(image_folder):
     split, _ = load_splits("imagenet", str(image_folder))
 

@@ -310,6 +310,19 @@ def test_native_masks_keep_their_sizes(scene_folder):
             assert all(np.array_equal(mask, split.read(i)[1]) for i, mask in zip(indices, masks, strict=True))
 
 
+def test_decoded_scenes_are_kept_for_the_next_run(scene_folder, tmp_path):
+    split, _ = load_splits("folder", str(scene_folder))
+
+    def epoch():
+        options = dict(seed=0, augment=True, map_size=12, cache_dir=str(tmp_path / "cache"))
+        loader = TrainLoader(split, SEGMENTATION["folder"], 28, 4, CPU, 1, **options)
+        return [tensor for batch in loader.epoch(0) for tensor in batch]
+
+    assert all(torch.equal(a, b) for a, b in zip(epoch(), epoch(), strict=True))
+    (file,) = (tmp_path / "cache").glob("*.npy")
+    assert np.load(file, mmap_mode="r").shape == (6, 3 * 28 * 28 + 12 * 12)
+
+
 def test_ten_percent_are_the_same_scenes_for_every_method_and_process(tmp_path, monkeypatch):
     seen = []
 
