@@ -379,11 +379,14 @@ class Run:
                 self.say(f"warning: {reason}; the next sample stands in for it ({len(self.unreadable_logged)} so far)")
 
     def end_epoch(self, step: int, validate: Callable[[], dict[str, float]] | None) -> None:
-        """Write the epoch's log line, with what `validate` measures, and print its summary."""
+        """Write the epoch's log line, with what `validate` measures, the seconds of training and this process's peak memory
+        in GB (None on the CPU), and print its summary."""
         self.flush(step)
+        peak = torch.cuda.max_memory_allocated() / 1e9 if self.world.device.type == "cuda" else None
         metrics = validate() if validate else {}
         values, rate = means(self.epoch_sums) | metrics, self.epoch_sums["images"] / self.epoch_sums["seconds"]
-        self.log("epoch", step, values | {"lr": self.lr, "images_per_s": rate})
+        cost = {"images_per_s": rate, "seconds": self.epoch_sums["seconds"], "peak_memory_gb": peak}
+        self.log("epoch", step, values | {"lr": self.lr} | cost)
         self.epoch_sums, self.window_started = {}, time.monotonic()
         parts = [f"epoch {step // self.steps_per_epoch}/{self.args.epochs}", f"loss {values['loss']:.4f}"]
         parts += [f"accuracy {100 * values['accuracy']:.2f} %"]

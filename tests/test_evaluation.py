@@ -1,9 +1,7 @@
-"""The evaluations against brute force, their independence of the number of processes, and the report."""
+"""The evaluations against brute force, and their independence of the number of processes."""
 
 import json
 import os
-import shutil
-import statistics
 from collections import defaultdict
 
 import pytest
@@ -12,7 +10,6 @@ from conftest import CLASSIFICATION, TINY, free_port, run_script, stderr_of
 
 import eval_knn
 import eval_linear
-import report
 import train_cls
 from data import EvalLoader, draw_shapes_split
 from eval_knn import knn_predict
@@ -177,65 +174,3 @@ def test_weights_of_a_run_on_another_dataset_need_an_output(finished_run, image_
     assert "come from a run on another dataset" in stderr_of(capsys, eval_knn.main, *command)
     eval_knn.main([str(part) for part in [*command, "--output", finished_run / "other.json"]])
     assert json.loads((finished_run / "other.json").read_text())["method"] == "grpo_rm"
-
-
-def fake_run(root, dataset, method, seed, sr, knn=None, **config):
-    directory = root / dataset / method / f"seed{seed}"
-    directory.mkdir(parents=True)
-    base = {"dataset": dataset, "method": method, "seed": seed}
-    (directory / "config.json").write_text(json.dumps(base | {"lr": 1e-3, "weights": None, "output_dir": str(directory)} | config))
-    (directory / "eval_linear.json").write_text(json.dumps(base | {"top1": sr, "epochs": 50}))
-    if knn is not None:
-        (directory / "eval_knn.json").write_text(json.dumps(base | {"top1": knn, "k": 5}))
-    return directory
-
-
-def rows(root):
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in report.table(report.find_runs(root), root).splitlines()[2:]]
-
-
-def test_report_means_and_deviations(tmp_path):
-    for seed, (sr, knn) in enumerate([(60.0, 61.5), (62.5, 60.25), (64.25, 63.0)]):
-        fake_run(tmp_path, "tiny_imagenet", "grpo_rm", seed, sr, knn)
-    fake_run(tmp_path, "tiny_imagenet", "frozen", 0, 29.0)
-    fake_run(tmp_path, "shapes", "finetune", 0, 90.0, 91.0)
-    table = rows(tmp_path)
-    assert [row[:2] for row in table] == [["shapes", "Fine-tuning"], ["tiny_imagenet", "frozen"], ["tiny_imagenet", "GRPO-RM"]]
-    values = [60.0, 62.5, 64.25]
-    assert table[2][3:6] == ["0, 1, 2", f"{sum(values) / 3:.2f} ± {statistics.stdev(values):.2f}", "65.96 ± 0.40"]
-    assert table[2][7] == "66.36 ± 0.32"
-    assert table[1][4:] == ["29.00", "29.24", "-", "21.10"]  # a missing result is a dash
-    assert table[0][4:] == ["90.00", "-", "91.00", "-"]  # the paper has no such dataset
-
-
-def test_report_never_averages_over_settings(tmp_path):
-    fake_run(tmp_path, "cifar10", "grpo_rm", 0, 50.0)
-    fake_run(tmp_path, "cifar10", "grpo_rm", 1, 60.0, lr=4e-3)
-    fake_run(tmp_path / "again", "cifar10", "grpo_rm", 0, 70.0)
-    fake_run(tmp_path, "cifar10", "grpo_rm", 2, 80.0, weights="pretrained.pth")
-    assert sorted(row[4] for row in rows(tmp_path)) == ["50.00", "60.00", "70.00", "80.00"]
-
-
-def test_report_averages_over_what_does_not_matter(tmp_path):
-    fake_run(tmp_path, "cifar10", "grpo_rm", 0, 50.0, knn=40.0, world_size=1)
-    fake_run(tmp_path, "cifar10", "grpo_rm", 1, 60.0, world_size=8)  # and its k-NN is still missing
-    assert [row[3:5] + row[6:7] for row in rows(tmp_path)] == [["0, 1", "55.00 ± 7.07", "40.00"]]
-    assert rows(tmp_path / "cifar10" / "grpo_rm" / "seed0")[0][2] == "."
-
-
-def test_report_figures(finished_run, tmp_path, capsys):
-    report.draw_curves(finished_run.parents[2], tmp_path)
-    assert (tmp_path / "shapes_curves.png").stat().st_size > 10_000
-
-
-def test_report_on_bad_directories(tmp_path, capsys):
-    assert "no such directory" in stderr_of(capsys, report.main, tmp_path / "nowhere")
-    fake_run(tmp_path / "good", "cifar10", "grpo_rm", 0, 50.0)
-    (tmp_path / "file").write_text("")
-    (tmp_path / "good" / "cifar10" / "grpo_rm" / "seed0" / "log.jsonl").write_text("")
-    error = stderr_of(capsys, report.main, tmp_path / "good", "--figures", tmp_path / "file")
-    assert "cannot be written" in error
-    shutil.rmtree(tmp_path / "good")
-    assert "holds no finished run" in stderr_of(capsys, report.main, tmp_path)
-    (fake_run(tmp_path, "cifar10", "grpo_rm", 0, 50.0) / "eval_linear.json").write_text('{"top1": 5')
-    assert "eval_linear.json cannot be read" in stderr_of(capsys, report.main, tmp_path)
