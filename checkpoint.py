@@ -417,6 +417,7 @@ class Run:
                     os.replace(self.newest, self.previous)
 
             write_atomically(self.newest, write)
+        self.window_started += time.monotonic() - self.saved  # training time does not hold it
         wish = self._wish()
         if wish > 1:
             name = signal.Signals(wish).name

@@ -1,4 +1,4 @@
-"""Tables 2 to 6 of the paper from finished runs, ours beside the paper's, and its Figure 3.
+"""Tables 2 to 6 of the paper from finished runs, ours beside the paper's, and its Figures 2 and 3.
 
     python report.py runs                                         prints Markdown
     python report.py runs --csv tables --figures figures          and writes the same tables as CSV, and pictures
@@ -15,10 +15,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image
 from scipy import stats
 
 from checkpoint import NEUTRAL, read_log
-from data import ArgumentParser, InputError, first_line, stage
+from data import ArgumentParser, InputError, draw_panels, first_line, stage
 
 # ------------------------------------------------------------------------------------------------------------------
 # What the paper reports, as printed there
@@ -657,7 +658,7 @@ def epoch_values(run: Run, key: str) -> dict[int, float]:
     return {event["epoch"] + 1: event[key] for event in run.epochs if event.get(key) is not None}
 
 
-def draw_panels(groups: list[Group], panels: dict, title: str, path: Path) -> Path | None:
+def draw_curves(groups: list[Group], panels: dict, title: str, path: Path) -> Path | None:
     """One panel a quantity, of all groups that have it. None where no run has logged any of them."""
     from matplotlib import pyplot as plt
     from matplotlib.ticker import LogFormatter, MaxNLocator
@@ -714,9 +715,34 @@ def draw_ablation(groups: list[Group], path: Path) -> Path | None:
     return save_figure(figure, "Uniformity reward", path)
 
 
+def draw_scenes(groups: list[Group], path: Path) -> Path | None:
+    """Figure 2: the scenes that eval_linear.py --save-images left for all of these groups of one dataset, one a row, with the
+    ground truth and each group's prediction (of its first run that has any) side by side. None where there are none."""
+    saved = {group.name: next((d for run in group.runs if (d := run.path / "eval_linear_images").is_dir()), None) for group in groups}
+    saved = {name: directory for name, directory in saved.items() if directory}
+    found = [{file.name.split("_")[0] for file in directory.glob("*_prediction.png")} for directory in saved.values()]
+    indices = sorted(set.intersection(*found)) if found else []
+    if not indices:
+        return None
+    classes = list(read_json(next(iter(saved.values())).parent / "eval_linear.json")["per_class_iou"])
+    rows = []
+    for index in indices:
+        cells = [(title, next(iter(saved.values())) / f"{index}_{kind}.png") for title, kind in (("image", "image"), ("ground truth", "truth"))]
+        cells += [(name, directory / f"{index}_prediction.png") for name, directory in saved.items()]
+        try:
+            rows.append(draw_panels([(title, Image.open(file)) for title, file in cells], classes, height=200))
+        except OSError as error:
+            raise InputError(f"the pictures of scene {index} cannot be read ({first_line(error)}); run eval_linear.py --save-images again") from error
+    figure = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    for i, row in enumerate(rows):
+        figure.paste(row, (0, sum(above.height for above in rows[:i])))
+    figure.save(path)
+    return path
+
+
 def draw_figures(groups: list[Group], directory: Path) -> list[Path]:
-    """<dataset>_curves.png, <dataset>_policy.png and ablation.png; returns those for which there was something to draw.
-    Raises InputError where they cannot be written."""
+    """<dataset>_curves.png, <dataset>_policy.png, <dataset>_scenes.png and ablation.png; returns those for which there was
+    something to draw. Raises InputError where they cannot be written."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -727,7 +753,9 @@ def draw_figures(groups: list[Group], directory: Path) -> list[Path]:
         for dataset in dict.fromkeys(group.dataset for group in trained):
             mine, name = [group for group in trained if group.dataset == dataset], DATASETS.get(dataset, dataset)
             for panels, what in ((CURVES, "curves"), (POLICY, "policy")):
-                written.append(draw_panels(mine, panels, name, directory / f"{dataset}_{what}.png"))
+                written.append(draw_curves(mine, panels, name, directory / f"{dataset}_{what}.png"))
+        for dataset in dict.fromkeys(group.dataset for group in groups if group.task == "segmentation"):
+            written.append(draw_scenes([g for g in groups if g.dataset == dataset and g.row in METHODS], directory / f"{dataset}_scenes.png"))
         written.append(draw_ablation(groups, directory / "ablation.png"))
     except OSError as error:
         raise InputError(f"--figures {directory} cannot be written ({first_line(error)}); choose another directory") from error
@@ -740,7 +768,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.usage = "%(prog)s RUNS_DIR [--csv DIR] [--figures DIR]"
     parser.add_argument("runs", metavar="RUNS_DIR", type=Path, help="directory that holds the runs, at any depth")
     parser.add_argument("--csv", metavar="DIR", type=Path, help="write the tables into this directory as CSV files")
-    parser.add_argument("--figures", metavar="DIR", type=Path, help="draw training curves and the ablation into this directory")
+    parser.add_argument("--figures", metavar="DIR", type=Path, help="draw training curves, segmented scenes and the ablation into this directory")
     args = parser.parse_args(argv)
     runs = find_runs(args.runs)
     groups = group_runs(runs, args.runs)

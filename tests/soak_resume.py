@@ -36,7 +36,7 @@ def children(pid: int) -> list[int]:
 
 def log_without_speed(directory: Path) -> list[dict]:
     lines = (directory / "log.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in ("images_per_s", "seconds", "peak_memory_gb")} for line in lines]
 
 
 def soak(kills: int, nproc: int, seed: int, root: Path) -> None:

@@ -10,12 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, TINY, stderr_of
+from PIL import Image
 
 import report
 import train_cls
 from checkpoint import read_log
+from data import InputError, palette, palette_image
 
 SEGMENTATION = {"map_size": 128, "background_penalty": 0.5}
 
@@ -465,3 +468,27 @@ def test_dry_run_knows_a_folder_of_masks(tmp_path):
     assert script_of(commands_of(tmp_path, "folder", METHODS="grpo_rm", DATA_ROOT=str(tmp_path))[0]) == "train_cls.py"
     (tmp_path / "masks").mkdir()
     assert script_of(commands_of(tmp_path, "folder", METHODS="grpo_rm", DATA_ROOT=str(tmp_path))[0]) == "train_seg.py"
+
+
+def test_scenes_stand_side_by_side(tmp_path):
+    """Figure 2 from what eval_linear.py --save-images leaves: every method's prediction of the same scenes, looked up by colour."""
+    predictions = {"frozen": 1, "finetune": 2, "grpo_rm": 3}
+    for method, label in predictions.items():
+        run = fake_run(tmp_path, "shapes_seg", method, 0, (90.0, 80.0, 70.0), **SEGMENTATION)
+        result = json.loads((run / "eval_linear.json").read_text()) | {"per_class_iou": {"background": 1.0, "a": 1.0, "b": None, "c": 2.0}}
+        write(run / "eval_linear.json", result)
+        (run / "eval_linear_images").mkdir()
+        for index in ("000000", "000007", *(["000009"] if method == "frozen" else [])):
+            Image.new("RGB", (20, 10), "white").save(run / "eval_linear_images" / f"{index}_image.png")
+            for kind, value in (("truth", 0), ("prediction", label)):
+                palette_image(np.full((10, 20), value, np.uint8)).save(run / "eval_linear_images" / f"{index}_{kind}.png")
+    written = report.draw_figures(report.group_runs(report.find_runs(tmp_path), tmp_path), tmp_path / "figures")
+    picture = np.asarray(Image.open(tmp_path / "figures" / "shapes_seg_scenes.png").convert("RGB"))
+    assert tmp_path / "figures" / "shapes_seg_scenes.png" in written
+    assert picture.shape[1] == 8 + 5 * 408  # five cells of 400 x 200
+    for row in (100, 100 + picture.shape[0] // 2):  # the two scenes that all have
+        colours = [picture[row, 8 + 408 * cell + 200].tolist() for cell in range(5)]
+        assert colours == [[255, 255, 255], *(palette()[i].tolist() for i in (0, 1, 2, 3))]
+    (run / "eval_linear_images" / "000007_prediction.png").write_bytes(b"broken")
+    with pytest.raises(InputError, match="scene 000007 cannot be read"):
+        report.draw_figures(report.group_runs(report.find_runs(tmp_path), tmp_path), tmp_path / "figures")
