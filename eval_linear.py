@@ -147,9 +147,13 @@ class SceneFeatures:
         self.backbone, self.loader, self.layers, self.map_size, self.amp, self.world = backbone, loader, layers, map_size, amp, world
         self.kept = None
         if keep:
+            kept = self._empty(loader.samples.count)
             batches = torch.arange(loader.samples.count).split(PIECE * world.size)
             bar = tqdm(self._compute(batches), "features", len(batches), disable=None if world.rank == 0 else True, leave=False)
-            self.kept = [torch.cat(parts) for parts in zip(*bar, strict=True)]
+            for batch, parts in zip(batches, bar, strict=True):
+                for store, part in zip(kept, parts, strict=True):
+                    store[batch[0] : batch[-1] + 1] = part
+            self.kept = kept
 
     def batches(self, batches: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(features (B, D, h, w), masks (B, M, M) uint8) of every batch of indices."""
@@ -158,16 +162,19 @@ class SceneFeatures:
         else:
             yield from (tuple(part[batch.to(part.device)] for part in self.kept) for batch in batches)
 
+    def _empty(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        h, device = self.loader.sides[0] // self.backbone.patch_size, self.world.device
+        features = torch.zeros(count, self.layers * self.backbone.embed_dim, h, h, device=device)
+        return features, torch.zeros(count, self.map_size, self.map_size, dtype=torch.uint8, device=device)
+
     def _compute(self, batches: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        rank, size, device = self.world.rank, self.world.size, self.world.device
+        rank, size = self.world.rank, self.world.size
         pieces = self.loader.fetch([piece for batch in batches for piece in batch.split(PIECE)[rank::size]])
-        h = self.loader.sides[0] // self.backbone.patch_size
         for batch in batches:
-            features = torch.zeros(len(batch), self.layers * self.backbone.embed_dim, h, h, device=device)
-            masks = torch.zeros(len(batch), self.map_size, self.map_size, dtype=torch.uint8, device=device)
+            features, masks = self._empty(len(batch))
             for places in torch.arange(len(batch)).split(PIECE)[rank::size]:
                 images, piece_masks = next(pieces)
-                features[places], masks[places] = patch_tokens(self.backbone, images, self.layers, self.amp), piece_masks.to(device)
+                features[places], masks[places] = patch_tokens(self.backbone, images, self.layers, self.amp), piece_masks.to(masks.device)
             if size > 1:
                 dist.all_reduce(features)
                 dist.all_reduce(masks)
