@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import grpo_rm
 from grpo_rm import accuracy_reward, cross_entropy_loss, group_advantages, grpo_rm_loss, uniformity_reward
 
 OPTIONS = [
@@ -14,6 +15,8 @@ OPTIONS = [
         ["eq4", "eq5", "none"], ["uniform", "policy"], [0.0, 0.1], [0.0, 0.5]
     )
 ]
+
+BOTH = pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 
 
 def random_case(n=7, c=5, seed=0, scale=2.0, apart=0.3):
@@ -83,7 +86,7 @@ def naive_loss(
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
-@pytest.mark.parametrize("fused", [True, False])
+@BOTH
 def test_loss_and_statistics_equal_the_double_loop(options, fused):
     logits, old, targets = random_case()
     targets[2] = 255
@@ -96,12 +99,101 @@ def test_loss_and_statistics_equal_the_double_loop(options, fused):
         assert stats[name].item() == pytest.approx(value, abs=1e-12), name
 
 
+@BOTH
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
-def test_gradcheck(options):
+def test_gradcheck(options, fused):
     logits, old, targets = random_case(n=4, c=4)
     targets[1] = 255
     logits.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: grpo_rm_loss(x, old, targets, **options)[0], (logits,))
+    assert torch.autograd.gradcheck(lambda x: grpo_rm_loss(x, old, targets, fused=fused, **options)[0], (logits,))
+
+
+def maps_case(seed=0, **options):
+    """Maps (3, 5, 6, 4) in the layouts that heads give: contiguous, and with the classes last in memory."""
+    logits, old, targets = random_case(n=3 * 6 * 4, seed=seed, **options)
+    maps = [x.view(3, 6, 4, 5).permute(0, 3, 1, 2) for x in (logits, old)]
+    return maps[0].contiguous(), maps[1], targets.view(3, 6, 4)
+
+
+def with_voids(logits, old, targets):
+    targets = targets.clone()
+    targets[..., 1:3] = 255
+    mask = (targets == 255).unsqueeze(1)
+    return logits.masked_fill(mask, math.nan), old.masked_fill(mask, math.inf), targets
+
+
+def with_extremes(logits, old, targets):
+    """Ratios up to the clamp and beyond it, probabilities that underflow, ties for the largest logit."""
+    logits, old = logits.clone(), old.clone()
+    logits[0], old[0] = 400 * logits[0], -300 * old[0]
+    logits[1], old[1] = 0, 1e5 * old[1]
+    logits[2] = logits[2].round()
+    return logits, old, targets
+
+
+CASES = {
+    "samples": random_case(n=9, apart=0.5),
+    "void samples": with_voids(*random_case(n=9)),
+    "all void": (*random_case(n=9)[:2], torch.full((9,), 255)),
+    "no samples": random_case(n=0),
+    "extreme": with_extremes(*random_case(n=9)),
+    "no change": (lambda logits, old, targets: (old.clone(), old, targets))(*random_case(n=9)),
+    "maps": maps_case(),
+    "void pixels": with_voids(*maps_case()),
+    "extreme maps": with_extremes(*maps_case()),
+}
+
+
+@pytest.mark.parametrize("numbers", [2**18, 20], ids=["one piece", "small pieces"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("weights", [(1, 1), (0, 1), (0.5, 3), (1, 0)], ids=str)
+def test_fused_equals_plain(case, weights, numbers, monkeypatch):
+    pieces = grpo_rm.batch_pieces
+    monkeypatch.setattr(grpo_rm, "batch_pieces", lambda shape, _: pieces(shape, numbers))
+    logits, old, targets = CASES[case]
+    for options in OPTIONS:
+        if weights[0] == 0 and (options["uniformity"] == "none" or "extreme" in case):
+            continue  # all rewards of a group are equal: the sign of A is rounding
+        results = []
+        for fused in (True, False):
+            x = logits.clone().requires_grad_()
+            weighted = dict(accuracy_weight=weights[0], uniformity_weight=weights[1], fused=fused)
+            loss, stats = grpo_rm_loss(x, old, targets, **weighted, **options)
+            (loss / 7).backward()
+            results.append(({"gradient": x.grad}, stats, loss.detach()))
+        torch.testing.assert_close(*results, atol=1e-13, rtol=1e-12)
+
+
+def test_pieces_are_small_and_cover_the_batch():
+    for shape in ((1000, 21), (3, 1000), (5, 21, 8, 8), (5, 21, 3, 8), (2, 3, 7, 1)):
+        seen = torch.zeros(shape)
+        for piece in grpo_rm.batch_pieces(shape, 500):
+            assert seen[piece].numel() <= max(500, shape[1] * (shape[3] if len(shape) == 4 else 1))
+            seen[piece] += 1
+        assert (seen == 1).all()
+
+
+def test_fused_keeps_one_tensor_for_the_backward_pass():
+    kept = []
+    for case in (random_case(), maps_case()):
+        logits, old, targets = case
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+            grpo_rm_loss(logits.requires_grad_(), old, targets)
+        assert [shape for shape in kept if shape.numel() > 1] == [logits.shape]
+        kept.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradient_in_half_precision_is_rounded_once(dtype):
+    """Also where the unscaled gradient is below fp16's smallest number: the scaler's factor comes first."""
+    logits, old, targets = (x.to(dtype) if x.is_floating_point() else x for x in random_case())
+    gradients = []
+    for fused in (True, False):
+        x = logits.clone().requires_grad_()
+        (grpo_rm_loss(x, old, targets, fused=fused)[0] * 1e-9 * 65536).backward()
+        gradients.append(x.grad)
+    assert gradients[0].dtype == dtype
+    torch.testing.assert_close(*gradients)
 
 
 def test_gradient_equals_the_closed_form():
@@ -119,11 +211,12 @@ def test_gradient_equals_the_closed_form():
     torch.testing.assert_close(logits.grad, p * w.sum(1, keepdim=True) - w, atol=1e-15, rtol=1e-12)
 
 
-def test_first_step_after_a_refresh():
+@BOTH
+def test_first_step_after_a_refresh(fused):
     """rho = 1 everywhere, loss 0, gradient exactly -A / (N c)."""
     logits, _, targets = random_case(n=20, c=10)
     logits.requires_grad_()
-    loss, stats = grpo_rm_loss(logits, logits.detach().clone(), targets)
+    loss, stats = grpo_rm_loss(logits, logits.detach().clone(), targets, fused=fused)
     loss.backward()
     q = logits.detach().softmax(1)
     advantages = group_advantages(accuracy_reward(targets, 10) + uniformity_reward(q, targets))
@@ -133,11 +226,12 @@ def test_first_step_after_a_refresh():
     torch.testing.assert_close(logits.grad, -advantages / 200, atol=1e-16, rtol=1e-12)
 
 
-def test_old_logits_get_no_gradient():
+@BOTH
+def test_old_logits_get_no_gradient(fused):
     logits, old, targets = random_case()
     logits.requires_grad_()
     old.requires_grad_()
-    grpo_rm_loss(logits, old, targets)[0].backward()
+    grpo_rm_loss(logits, old, targets, fused=fused)[0].backward()
     assert old.grad is None and logits.grad is not None
 
 
@@ -176,32 +270,35 @@ def test_eq5_rewards_as_printed():
     torch.testing.assert_close(rewards, torch.tensor([[0.35 - 0.5, 0.3, 0.35 - 0.2]], dtype=torch.float64))
 
 
+@BOTH
 @pytest.mark.parametrize("value", [1e3, 1e30, torch.finfo(torch.float32).max])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
-def test_finite_for_any_finite_logits(value, options):
+def test_finite_for_any_finite_logits(value, options, fused):
     extreme = torch.tensor([[value, -value, 0.0], [-value, value, -value], [0.0, 0.0, 0.0]])
     for logits, old in itertools.product((extreme, -extreme, extreme.roll(1, 1), torch.zeros(3, 3)), repeat=2):
         logits = logits.clone().requires_grad_()
-        loss, stats = grpo_rm_loss(logits, old, torch.tensor([0, 1, 2]), **options)
+        loss, stats = grpo_rm_loss(logits, old, torch.tensor([0, 1, 2]), fused=fused, **options)
         loss.backward()
         assert loss.isfinite() and logits.grad.isfinite().all()
         assert all(value.isfinite() for value in stats.values())
 
 
-def test_ignored_samples_leave_everything_untouched():
+@BOTH
+def test_ignored_samples_leave_everything_untouched(fused):
     logits, old, targets = random_case(n=6)
-    expected, expected_stats = grpo_rm_loss(logits, old, targets)
+    expected, expected_stats = grpo_rm_loss(logits, old, targets, fused=fused)
     void = torch.full((4, 5), torch.nan, dtype=torch.float64)
     more = (torch.cat([x, v]) for x, v in ((logits, void), (old, void), (targets, torch.full((4,), 255))))
-    loss, stats = grpo_rm_loss(*more)
+    loss, stats = grpo_rm_loss(*more, fused=fused)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(stats, expected_stats)
 
 
-def test_all_ignored_is_zero_not_nan():
+@BOTH
+def test_all_ignored_is_zero_not_nan(fused):
     logits, old, _ = random_case()
     logits.requires_grad_()
-    loss, stats = grpo_rm_loss(logits, old, torch.full((7,), 255))
+    loss, stats = grpo_rm_loss(logits, old, torch.full((7,), 255), fused=fused)
     loss.backward()
     assert loss == 0 and (logits.grad == 0).all()
     assert all(value.isfinite() for value in stats.values())
@@ -217,21 +314,23 @@ def test_class_255_is_a_class_when_asked():
     assert grpo_rm_loss(logits, old, targets, ignore_index=-100)[0] != 0
 
 
-def test_maps_equal_their_pixels():
+@BOTH
+def test_maps_equal_their_pixels(fused):
     generator = torch.Generator().manual_seed(1)
     maps, old = (torch.randn(2, 4, 3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
     targets = torch.randint(4, (2, 3, 5), generator=generator)
     targets[0, 1] = 255
     flat = [x.permute(0, 2, 3, 1).reshape(-1, 4) for x in (maps, old)]
-    expected = grpo_rm_loss(*flat, targets.flatten(), background_penalty=0.5)
-    torch.testing.assert_close(grpo_rm_loss(maps, old, targets, background_penalty=0.5), expected)
+    expected = grpo_rm_loss(*flat, targets.flatten(), background_penalty=0.5, fused=fused)
+    torch.testing.assert_close(grpo_rm_loss(maps, old, targets, background_penalty=0.5, fused=fused), expected)
 
 
-def test_half_precision_is_computed_in_float32():
+@BOTH
+def test_half_precision_is_computed_in_float32(fused):
     logits, old, targets = (x.bfloat16() if x.is_floating_point() else x for x in random_case())
-    loss, _ = grpo_rm_loss(logits, old, targets)
+    loss, _ = grpo_rm_loss(logits, old, targets, fused=fused)
     assert loss.dtype == torch.float32
-    assert torch.equal(loss, grpo_rm_loss(logits.float(), old.float(), targets)[0])
+    assert torch.equal(loss, grpo_rm_loss(logits.float(), old.float(), targets, fused=fused)[0])
 
 
 def test_equal_rewards_give_zero_advantages():
@@ -245,6 +344,7 @@ def test_ratio_floor_bounds_the_ratio():
     assert grpo_rm_loss(-old, old, torch.tensor([1]), ratio_floor=0.1)[1]["max_ratio"] <= 4 / 0.1
 
 
+@BOTH
 @pytest.mark.parametrize(
     "change",
     [
@@ -257,10 +357,10 @@ def test_ratio_floor_bounds_the_ratio():
     ],
     ids=["uniformity", "weighting", "targets", "old_logits", "transposed map", "map and no map"],
 )
-def test_bad_arguments_raise(change):
+def test_bad_arguments_raise(change, fused):
     logits, old, targets = random_case()
     with pytest.raises(ValueError):
-        grpo_rm_loss(**(dict(logits=logits, old_logits=old, targets=targets) | change))
+        grpo_rm_loss(**(dict(logits=logits, old_logits=old, targets=targets, fused=fused) | change))
 
 
 def test_one_output_is_no_group():
