@@ -673,7 +673,7 @@ def draw_scenes_split(count: int, seed: int) -> SceneSplit:
 # From samples to batches
 
 
-ORDER, AUGMENT, CROP, HEAD = range(4)  # what a stream of random numbers is for
+ORDER, AUGMENT, CROP, HEAD, GROUP = range(5)  # what a stream of random numbers is for
 
 
 def stream_seed(purpose: int, *key: int) -> int:

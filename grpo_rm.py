@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from checkpoint import NEUTRAL, Meter, Run, config_beside, load_strictly, write_json
 from data import (
+    GROUP,
     IGNORE,
     ArgumentParser,
     EvalLoader,
@@ -44,6 +45,7 @@ from data import (
     limit,
     load_splits,
     number,
+    random_generator,
     resolve_task,
 )
 
@@ -92,6 +94,17 @@ def group_advantages(rewards: torch.Tensor, weights: torch.Tensor | None = None)
     return torch.where(std > rounding, centred / std, 0)
 
 
+def draw_groups(targets: torch.Tensor, num_outputs: int, group_size: int, generator: torch.Generator) -> torch.Tensor:
+    """For each sample `group_size` of the outputs at random that always hold its target: targets (N,) or maps (B, H, W) ->
+    indices (N, K) or (B, K, H, W). The pixels of an image have one random order of the outputs. The paper's group is the
+    whole set; this is for the question whether it must be."""
+    order = torch.rand(len(targets), num_outputs, generator=generator).argsort(1).to(targets.device)  # (B, G)
+    order = order.view(*order.shape, *[1] * (targets.dim() - 1)).expand(-1, -1, *targets.shape[1:])
+    k = targets.clamp(min=0).unsqueeze(1)  # void pixels draw too, for nothing
+    first, last = order[:, : group_size - 1], order[:, group_size - 1 : group_size]
+    return torch.cat([first, torch.where((first == k).any(1, keepdim=True), last, k)], dim=1)
+
+
 def log_probs(logits: torch.Tensor) -> torch.Tensor:
     """log softmax over the last dimension, finite for any finite logits (the difference of two could overflow)."""
     return F.log_softmax(logits, dim=-1).clamp(min=torch.finfo(logits.dtype).min / 8)
@@ -109,6 +122,7 @@ def grpo_rm_loss(
     background_penalty: float = 0.0,
     weighting: str = "uniform",
     ratio_floor: float = 0.0,
+    members: torch.Tensor | None = None,
     ignore_index: int = 255,
     fused: bool = True,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -128,6 +142,9 @@ def grpo_rm_loss(
             the old policy: g_i = q_i, and A from the q-weighted mean and std.
         ratio_floor: F in rho_i = p_i / (q_i + F/c); 0 is the paper's. A class that the old policy gives less than
             F/c is clipped and no longer pushed down, and rho never exceeds c/F.
+        members: (N, K) or (B, K, H, W) int64, the outputs that make up each sample's group (see draw_groups); default:
+            all of them, as in the paper. Rewards and probabilities are those of the whole set; g, A and the statistics of
+            rho are the group's.
         fused: False is the form to lay beside the paper; True, several times faster, writes its gradient down (FusedLoss).
 
     Returns:
@@ -150,11 +167,12 @@ def grpo_rm_loss(
         raise ValueError(f"uniformity {uniformity!r}: choose eq4, eq5 or none")
     if fused:
         options = (clip_eps, uniformity, accuracy_weight, uniformity_weight, background_penalty, weighting == "policy", ratio_floor)
-        loss, *values = FusedLoss.apply(logits, old_logits.detach(), targets, targets != ignore_index, *options)
+        loss, *values = FusedLoss.apply(logits, old_logits.detach(), targets, targets != ignore_index, members, *options)
         return loss, {"loss": loss.detach()} | dict(zip(STATISTICS, values, strict=True))
     if logits.dim() == 4:
         logits, old_logits = (maps.movedim(1, -1).flatten(0, 2) for maps in (logits, old_logits))  # (N, G)
         targets = targets.flatten()
+        members = members if members is None else members.movedim(1, -1).flatten(0, 2)
     N, G = logits.shape
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
 
@@ -166,14 +184,19 @@ def grpo_rm_loss(
     log_p, log_q = log_probs(logits), log_probs(old_logits)  # (N, G)
     q = log_q.exp()
 
-    rewards = accuracy_weight * accuracy_reward(targets, G) + uniformity_weight * uniformity_reward(q, targets, uniformity)
-    rewards[:, 0] -= background_penalty * G
-    advantages = group_advantages(rewards, q if weighting == "policy" else None)  # (N, G)
-
     # A difference of logarithms, never a quotient of probabilities; the clamp only keeps exp finite.
     log_reference = torch.logaddexp(log_q, torch.full_like(log_q[:1], math.log(ratio_floor / G))) if ratio_floor else log_q
     ratio = (log_p - log_reference).clamp(max=80).exp()  # (N, G)
-    weighted = (q if weighting == "policy" else 1 / G) * advantages  # g_i A_i first: rho A alone could overflow
+
+    rewards = accuracy_weight * accuracy_reward(targets, G) + uniformity_weight * uniformity_reward(q, targets, uniformity)
+    rewards[:, 0] -= background_penalty * G
+    group_probs = q
+    if members is not None:  # from here on G stands for the K members
+        rewards, ratio, group_probs = (x.gather(1, members) for x in (rewards, ratio, q))
+        group_probs = group_probs / group_probs.sum(1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+    advantages = group_advantages(rewards, group_probs if weighting == "policy" else None)  # (N, G)
+    weights = group_probs if weighting == "policy" else 1 / ratio.shape[1]  # g
+    weighted = weights * advantages  # first: rho A alone could overflow
     objective = torch.minimum(ratio * weighted, ratio.clamp(1 - clip_eps, 1 + clip_eps) * weighted).sum(1)  # (N,)
     loss = -(sample_weight * objective).sum()
 
@@ -215,8 +238,9 @@ class FusedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, old_logits, targets, valid, *options):
-        """logits, old_logits (N, G) or (B, G, H, W); targets, valid (N,) or (B, H, W) -> loss, then STATISTICS."""
+    def forward(ctx, logits, old_logits, targets, valid, members, *options):
+        """logits, old_logits (N, G) or (B, G, H, W); targets, valid (N,) or (B, H, W); members (N, K), (B, K, H, W) or None
+        -> loss, then STATISTICS."""
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         new = functools.partial(torch.empty, dtype=dtype, device=logits.device)
         count = valid.sum().clamp(min=1)
@@ -228,12 +252,12 @@ class FusedLoss(torch.autograd.Function):
         for piece in pieces:
             samples = (piece[0], *piece[2:])  # the same piece of a tensor without the group's dimension
             fill = not (cached and valid[samples].all())  # a GPU is not asked: the host would wait for it
-            inputs = (logits[piece], old_logits[piece], targets[samples], valid[samples])
+            inputs = (logits[piece], old_logits[piece], targets[samples], valid[samples], None if members is None else members[piece])
             piece_sums, peak = fused_piece(*inputs, gradient[piece], buffers, fill, logits.numel(), count, *options)
             sums.append(piece_sums)
             peaks.append(peak)
         loss, hits, clipped, ratios, kl, entropy = torch.stack(sums).sum(0, dtype=torch.float64)
-        outputs = count * logits.shape[1]
+        outputs = count * (logits if members is None else members).shape[1]
         values = [hits / count, clipped / outputs, ratios / outputs, kl / count, entropy / count, torch.stack(peaks).amax()]
         values = [value.to(dtype) for value in values]
         ctx.save_for_backward(gradient)
@@ -245,7 +269,7 @@ class FusedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_):
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_loss).to(ctx.dtype), *[None] * 10
+        return (gradient * grad_loss).to(ctx.dtype), *[None] * 11
 
 
 def batch_pieces(shape: torch.Size, numbers: int) -> list[tuple[slice, ...]]:
@@ -260,7 +284,7 @@ def batch_pieces(shape: torch.Size, numbers: int) -> list[tuple[slice, ...]]:
 
 
 def fused_piece(
-    logits, old_logits, targets, valid, gradient, buffers, fill, numel, count,
+    logits, old_logits, targets, valid, members, gradient, buffers, fill, numel, count,
     clip_eps, uniformity, accuracy_weight, uniformity_weight, background_penalty, by_policy, ratio_floor,
 ):  # fmt: skip
     """FusedLoss on a piece of the batch, whose logits have `numel` numbers and `count` valid samples. Writes `gradient`;
@@ -289,6 +313,10 @@ def fused_piece(
     else:
         ratio, rewards = log_q.neg_(), log_p
     ratio.clamp_(max=80).exp_()
+    K = G
+    if members is not None:  # the group is these outputs; the others have p/q = 0, A = 0 and the weight 0
+        K, chosen = members.shape[1], torch.zeros_like(ratio).scatter_(1, members, 1)
+        ratio.mul_(chosen)
     ratio_sum, peak = ratio.sum(), ratio.amax()
 
     q_k = q.gather(1, k)
@@ -297,14 +325,18 @@ def fused_piece(
         bonus += uniformity_weight * (2 * q_k - (1 - q_k) / (G - 1))
     torch.mul(q, 0 if uniformity == "none" else -uniformity_weight, out=rewards).scatter_add_(1, k, bonus)  # Eq. (6)
     rewards[:, 0] -= background_penalty * G
-    mean = (q * rewards).sum(1, keepdim=True) if by_policy else rewards.mean(1, keepdim=True)
-    centred = rewards.sub_(mean)
+    if members is not None:
+        rewards.mul_(chosen)
+        q.mul_(chosen)
+        q.div_(q.sum(1, keepdim=True).clamp_(min=torch.finfo(q.dtype).tiny))
+    mean = (q * rewards).sum(1, keepdim=True) if by_policy else rewards.sum(1, keepdim=True) / K
+    centred = rewards.sub_(mean) if members is None else rewards.sub_(mean).mul_(chosen)
     if by_policy:
         std = (q * centred).mul_(centred).sum(1, keepdim=True).sqrt_()
         scale, signs = 1 / (std + 1e-4), torch.empty_like(q)
     else:
-        std = torch.mul(centred, centred, out=q).mean(1, keepdim=True).sqrt_()
-        scale, signs = torch.where(std > 4 * torch.finfo(std.dtype).eps * mean.abs(), 1 / (G * std), 0), q
+        std = torch.mul(centred, centred, out=q).sum(1, keepdim=True).div_(K).sqrt_()
+        scale, signs = torch.where(std > 4 * torch.finfo(std.dtype).eps * mean.abs(), 1 / (K * std), 0), q
 
     advantages = centred.mul_(scale * valid / count)  # Eq. (2), by 1/N and by g = 1/c
     torch.sign(advantages, out=signs)
@@ -625,13 +657,14 @@ def copy_policy(old_policy: nn.Module, policy: nn.Module) -> None:
         old.copy_(new)
 
 
-def training_step(model, old_policy, optimizer, scaler, images, targets, args, world) -> dict[str, torch.Tensor]:
+def training_step(model, old_policy, optimizer, scaler, images, targets, args, world, groups=None) -> dict[str, torch.Tensor]:
     """One batch: lines 5 to 9 of Algorithm 1, or a cross-entropy step where there is no old policy.
 
     `model` is the policy, inside DDP when there are several processes; images (B, 3, H, W) and targets (B, ...) are
     this rank's part of the global batch, cut into args.grad_accum pieces. Every piece weighs as its share of the
-    global batch's valid samples, so the gradient does not depend on how the batch was cut. Returns sums over this
-    rank's samples (float64 scalars), their number as "samples", and the largest "max_ratio".
+    global batch's valid samples, so the gradient does not depend on how the batch was cut. `groups` is the generator
+    that groups of args.group_size outputs are drawn with; None: all outputs are the group. Returns sums over this rank's
+    samples (float64 scalars), their number as "samples", and the largest "max_ratio".
     """
     total = (targets != IGNORE).sum()
     sums = {"images": torch.full((), len(images), dtype=torch.float64, device=world.device)}
@@ -661,6 +694,7 @@ def training_step(model, old_policy, optimizer, scaler, images, targets, args, w
                     background_penalty=args.background_penalty,
                     weighting=args.group_weighting,
                     ratio_floor=args.ratio_floor,
+                    members=draw_groups(y, logits.shape[1], args.group_size, groups) if groups else None,
                     ignore_index=IGNORE,
                 )
             samples = (y != IGNORE).sum()
@@ -687,6 +721,9 @@ def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args
     steps in an epoch, loader.samples.unreadable names the files that were passed over. `validate()` gives numbers for the epoch's log line. Leaves config.json, log.jsonl, checkpoint.pt, backbone.pth and
     head.pth in args.output_dir; with args.resume it goes on from the checkpoint there. Raises InputError, Diverged and Stopped.
     """
+    num_outputs = policy.head.layers[-1].out_features
+    if args.group_size and not 2 <= args.group_size <= num_outputs:
+        raise InputError(f"--group-size {args.group_size} must be at least 2 and at most the number of classes, {num_outputs}")
     old_policy = None
     if args.method == "grpo_rm":
         old_policy = copy.deepcopy(policy).requires_grad_(False)  # allocated once, outside DDP, never given gradients
@@ -717,7 +754,8 @@ def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args
                 lr = learning_rate(step, total_steps, warmup_steps, args.lr, args.lr_end)
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["factor"]
-                sums = training_step(model, old_policy, optimizer, scaler, images, targets, args, world)  # lines 5 to 9
+                groups = random_generator(GROUP, args.seed, step, world.rank) if args.group_size not in (None, num_outputs) else None
+                sums = training_step(model, old_policy, optimizer, scaler, images, targets, args, world, groups)  # lines 5 to 9
                 step += 1
                 run.record(step, lr, sums)
             if step % steps_per_epoch == 0:
@@ -839,6 +877,7 @@ def add_training_arguments(parser: ArgumentParser, *, lr: float, lr_end: float, 
     group.add_argument("--accuracy-weight", type=number(0), default=1.0, help="w_acc of Eq. (6); the paper's is 1")
     group.add_argument("--uniformity-weight", type=number(0), default=1.0, help="w_uni of Eq. (6); the paper's is 1")
     group.add_argument("--group-weighting", choices=["uniform", "policy"], default="uniform", help="weight of each output in Eq. (1): uniform (1/c, the paper's) or the old policy's probability")
+    group.add_argument("--group-size", type=number(2, kind=int), metavar="K", help="let the group be the target and K - 1 other outputs at random; default: all, as in the paper")
     group.add_argument("--ratio-floor", type=number(0), default=0.1, help="F in rho = p / (q + F/c); 0 is Eq. (1) to the letter, which can blow up at high learning rates")
     group.add_argument("--old-policy-every", type=number(1, kind=int), metavar="STEPS", help="refresh the old policy every so many steps; default: an epoch (the paper's). Few steps lift the clip's protection: 1 destroys a pre-trained backbone")
 

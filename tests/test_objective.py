@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import grpo_rm
-from grpo_rm import accuracy_reward, cross_entropy_loss, group_advantages, grpo_rm_loss, uniformity_reward
+from grpo_rm import accuracy_reward, cross_entropy_loss, draw_groups, group_advantages, grpo_rm_loss, uniformity_reward
 
 OPTIONS = [
     dict(uniformity=uniformity, weighting=weighting, ratio_floor=floor, background_penalty=penalty)
@@ -366,3 +366,72 @@ def test_bad_arguments_raise(change, fused):
 def test_one_output_is_no_group():
     with pytest.raises(ValueError, match="G >= 2"):
         grpo_rm_loss(torch.zeros(3, 1), torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64))
+
+
+# Groups of some of the outputs
+
+
+@pytest.mark.parametrize("shape", [(40,), (6, 5, 4)])
+@pytest.mark.parametrize("size", [2, 4, 7])
+def test_drawn_groups_hold_the_target_and_no_output_twice(shape, size):
+    targets = torch.randint(0, 7, shape, generator=torch.Generator().manual_seed(0))
+    targets.view(-1)[3] = -100
+    members = draw_groups(targets, 7, size, torch.Generator().manual_seed(1))
+    assert members.shape == (shape[0], size, *shape[1:]) and members.min() >= 0 and members.max() < 7
+    rows = members.movedim(1, -1).reshape(-1, size)
+    for row, target in zip(rows.tolist(), targets.flatten().tolist(), strict=True):
+        assert len(set(row)) == size and (target < 0 or target in row)
+    again = draw_groups(targets, 7, size, torch.Generator().manual_seed(1))
+    assert torch.equal(members, again)
+    if len(shape) == 1 and size == 4:  # every other output is drawn equally often
+        many = draw_groups(torch.zeros(20000, dtype=torch.int64), 7, 4, torch.Generator().manual_seed(2))
+        assert (many.flatten().bincount()[1:] / 20000).sub(0.5).abs().max() < 0.02
+
+
+@BOTH
+@pytest.mark.parametrize("weighting", ["uniform", "policy"])
+@pytest.mark.parametrize("maps", [False, True])
+def test_a_group_of_some_outputs_against_a_loop(weighting, maps, fused):
+    logits, old, targets = random_case(n=12, c=6, apart=0.5)
+    targets[4] = 255
+    members = draw_groups(targets.where(targets != 255, -100), 6, 3, torch.Generator().manual_seed(0))
+    options = dict(uniformity="eq5", background_penalty=0.5, ratio_floor=0.1, weighting=weighting)
+    total, gradient = 0.0, torch.zeros_like(logits)
+    p, q = (torch.softmax(x, 1) for x in (logits, old))
+    for n in range(12):
+        if n == 4:
+            continue
+        k, group = targets[n].item(), members[n].tolist()
+        rewards = []
+        for i in group:
+            uniform = q[n, k] if i == k else (1 - q[n, k]) / 5 - q[n, i]
+            rewards.append((6.0 if i == k else 0.0) + uniform.item() - (3.0 if i == 0 else 0.0))
+        weights = [q[n, i].item() / sum(q[n, j].item() for j in group) if weighting == "policy" else 1 / 3 for i in group]
+        mean = sum(w * r for w, r in zip(weights, rewards, strict=True))
+        std = math.sqrt(sum(w * (r - mean) ** 2 for w, r in zip(weights, rewards, strict=True))) + (1e-4 if weighting == "policy" else 0)
+        for i, w, r in zip(group, weights, rewards, strict=True):
+            ratio, advantage = p[n, i] / (q[n, i] + 0.1 / 6), (r - mean) / std
+            total -= w / 11 * min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+            if ratio * advantage <= ratio.clamp(0.8, 1.2) * advantage:  # dp_i/dlogits_j = p_i ([i = j] - p_j)
+                slope = -w / 11 * advantage * ratio
+                gradient[n] -= slope * p[n]
+                gradient[n, i] += slope
+    shape = (lambda x: x.view(3, 2, 2, -1).permute(0, 3, 1, 2)) if maps else (lambda x: x)
+    leaf = logits.clone().requires_grad_()
+    y = targets.view(3, 2, 2) if maps else targets
+    loss, stats = grpo_rm_loss(shape(leaf), shape(old), y, members=shape(members), fused=fused, **options)
+    loss.backward()
+    assert loss.item() == pytest.approx(total.item(), abs=1e-12)
+    assert torch.allclose(leaf.grad, gradient, rtol=0, atol=1e-12)
+    plain = grpo_rm_loss(shape(logits), shape(old), y, members=shape(members), fused=False, **options)[1]
+    assert all(stats[name].item() == pytest.approx(plain[name].item(), abs=1e-12) for name in plain)
+
+
+@BOTH
+def test_a_group_of_all_outputs_in_any_order_is_the_default(fused):
+    logits, old, targets = random_case(n=9, c=6)
+    members = torch.rand(9, 6).argsort(1)
+    for weighting in ("uniform", "policy"):
+        one, other = (grpo_rm_loss(logits, old, targets, members=m, weighting=weighting, fused=fused) for m in (None, members))
+        assert one[0].item() == pytest.approx(other[0].item(), abs=1e-13)
+        assert all(one[1][name].item() == pytest.approx(other[1][name].item(), abs=1e-12) for name in one[1])

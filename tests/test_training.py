@@ -141,7 +141,7 @@ def test_defaults_are_the_papers():
 
 def test_head_factor_and_gradient_clipping(monkeypatch, tmp_path):
     rates = []
-    monkeypatch.setattr(grpo_rm, "training_step", lambda m, o, optimizer, s, i, t, a, w: rates.append(
+    monkeypatch.setattr(grpo_rm, "training_step", lambda m, o, optimizer, *rest: rates.append(
         [group["lr"] for group in optimizer.param_groups]) or {k: torch.ones((), dtype=torch.float64) for k in
         ("samples", "images", "loss", "accuracy", "grad_norm")})
     run(tmp_path, "--method", "finetune", "--head-lr-factor", "10", "--epochs", "1")
@@ -335,3 +335,14 @@ def ranks_that_differ(rank: int, port: int, directory: str) -> None:
 
 def test_ranks_take_turns_and_must_find_the_same_checkpoint(tmp_path):
     torch.multiprocessing.spawn(ranks_that_differ, (free_port(), str(tmp_path)), nprocs=2)
+
+
+def test_a_group_of_all_classes_is_the_default_bit_for_bit(tmp_path, capsys):
+    for name, size in (("default", []), ("all", ["--group-size", "10"]), ("some", ["--group-size", "4"])):
+        run(tmp_path / name, "--epochs", "2", *size)
+    default, everything, some = (torch.load(tmp_path / name / "backbone.pth", weights_only=True) for name in ("default", "all", "some"))
+    assert all(torch.equal(default[key], everything[key]) for key in default)
+    assert not all(torch.equal(default[key], some[key]) for key in default)
+    assert "--group-size 11 must be at least 2 and at most the number of classes, 10" in stderr_of(
+        capsys, train_cls.main, *TINY, "--batch-size", "50", "--group-size", "11", "--output-dir", tmp_path / "none"
+    )
