@@ -581,8 +581,9 @@ def copy_policy(old_policy: nn.Module, policy: nn.Module) -> None:
         old.copy_(new)
 
 
-def training_step(model, old_policy, optimizer, scaler, images, targets, args, world) -> dict[str, torch.Tensor]:
-    """One batch: lines 5 to 9 of Algorithm 1, or a cross-entropy step where there is no old policy.
+def training_step(model, old_policy, optimizer, scaler, images, targets, args, world, fresh=False) -> dict[str, torch.Tensor]:
+    """One batch: lines 5 to 9 of Algorithm 1, or a cross-entropy step where there is no old policy. `fresh` says that the
+    old policy was refreshed just now: the policy's logits are its own, to the last bit, and it need not run.
 
     `model` is the policy, inside DDP when there are several processes; images (B, 3, H, W) and targets (B, ...) are
     this rank's part of the global batch, cut into args.grad_accum pieces. Every piece weighs as its share of the
@@ -600,12 +601,12 @@ def training_step(model, old_policy, optimizer, scaler, images, targets, args, w
         wait = world.size > 1 and i < len(pieces)  # the ranks' gradients are summed with the last piece
         with model.no_sync() if wait else contextlib.nullcontext():
             with autocast(args.amp, world.device):
+                old_logits = old_policy(x).detach() if old_policy is not None and not fresh else None  # line 5: pi_old(y|x), (B, G)
                 logits = model(x)  # pi(y|x), (B, G)
             if old_policy is None:
                 loss, stats = cross_entropy_loss(logits, y, ignore_index=IGNORE)
             else:
-                with torch.no_grad(), autocast(args.amp, world.device):
-                    old_logits = old_policy(x)  # line 5: pi_old(y|x), (B, G)
+                old_logits = logits.detach() if fresh else old_logits
                 loss, stats = grpo_rm_loss(  # lines 6 to 8
                     logits,
                     old_logits,
@@ -667,12 +668,13 @@ def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args
                 break
             batches = loader.epoch(epoch, start=step - epoch * steps_per_epoch)
             for images, targets in itertools.islice(batches, max(0, last_step - step)):  # line 4
-                if old_policy is not None and step % refresh_every == 0:
+                fresh = old_policy is not None and step % refresh_every == 0
+                if fresh:
                     copy_policy(old_policy, policy)  # line 3: pi_old <- pi
                 lr = learning_rate(step, total_steps, warmup_steps, args.lr, args.lr_end)
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["factor"]
-                sums = training_step(model, old_policy, optimizer, scaler, images, targets, args, world)  # lines 5 to 9
+                sums = training_step(model, old_policy, optimizer, scaler, images, targets, args, world, fresh)  # lines 5 to 9
                 step += 1
                 run.record(step, lr, sums)
             if step % steps_per_epoch == 0:
