@@ -520,9 +520,9 @@ class SegmentationHead(nn.Module):
     """Patch tokens upsampled from h x w to map_size x map_size, then Linear(D, hidden) - ReLU - Linear(hidden, G) per pixel.
 
     The first linear layer comes before the bilinear upsampling, which is the same function for 1/16 of the work: the
-    weights of an interpolation sum to 1. Always in float32, as ClassificationHead. With gradients `chunk` images at a
-    time go through what follows, and their (hidden, M, M) maps are computed again in the backward pass, so that an image
-    keeps no more than its logits; 0 keeps everything."""
+    weights of an interpolation sum to 1. Always in float32, as ClassificationHead. `chunk` images at a time go through what
+    follows, and their (hidden, M, M) maps are computed again in the backward pass, so that an image keeps no more than its
+    logits; 0: all at once, and all is kept."""
 
     def __init__(self, embed_dim: int, num_outputs: int, hidden_dim: int = 256, map_size: int = 128, chunk: int = 8):
         super().__init__()
@@ -536,9 +536,10 @@ class SegmentationHead(nn.Module):
         with torch.autocast(tokens.device.type, enabled=False):
             hidden = self.layers[0](tokens.to(self.layers[0].weight.dtype))  # (B, h*w, hidden)
             hidden = hidden.transpose(1, 2).unflatten(2, (side, side))  # (B, hidden, h, w)
-            if not (self.chunk and torch.is_grad_enabled()):
-                return self._upsampled_logits(hidden)
-            return torch.cat([checkpoint(self._upsampled_logits, part, use_reentrant=False) for part in hidden.split(self.chunk)])
+            parts = hidden.split(self.chunk or len(hidden))
+            if self.chunk and torch.is_grad_enabled():
+                return torch.cat([checkpoint(self._upsampled_logits, part, use_reentrant=False) for part in parts])
+            return torch.cat([self._upsampled_logits(part) for part in parts])  # the same pieces: the same kernels, rho = 1
 
     def _upsampled_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = F.interpolate(hidden, size=[self.map_size] * 2, mode="bilinear")  # (b, hidden, M, M)
@@ -657,8 +658,9 @@ def copy_policy(old_policy: nn.Module, policy: nn.Module) -> None:
         old.copy_(new)
 
 
-def training_step(model, old_policy, optimizer, scaler, images, targets, args, world, groups=None) -> dict[str, torch.Tensor]:
-    """One batch: lines 5 to 9 of Algorithm 1, or a cross-entropy step where there is no old policy.
+def training_step(model, old_policy, optimizer, scaler, images, targets, args, world, fresh=False, groups=None) -> dict[str, torch.Tensor]:
+    """One batch: lines 5 to 9 of Algorithm 1, or a cross-entropy step where there is no old policy. `fresh` says that the
+    old policy was refreshed just now: the policy's logits are its own, to the last bit, and it need not run.
 
     `model` is the policy, inside DDP when there are several processes; images (B, 3, H, W) and targets (B, ...) are
     this rank's part of the global batch, cut into args.grad_accum pieces. Every piece weighs as its share of the
@@ -682,7 +684,7 @@ def training_step(model, old_policy, optimizer, scaler, images, targets, args, w
                 loss, stats = cross_entropy_loss(logits, y, ignore_index=IGNORE)
             else:
                 with torch.no_grad(), autocast(args.amp, world.device):
-                    old_logits = old_policy(x)  # line 5: pi_old(y|x), of the same shape
+                    old_logits = logits.detach() if fresh else old_policy(x)  # line 5: pi_old(y|x), of the same shape
                 loss, stats = grpo_rm_loss(  # lines 6 to 8
                     logits,
                     old_logits,
@@ -749,13 +751,14 @@ def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args
                 break
             batches = loader.epoch(epoch, start=step - epoch * steps_per_epoch)
             for images, targets in itertools.islice(batches, max(0, last_step - step)):  # line 4
-                if old_policy is not None and step % refresh_every == 0:
+                fresh = old_policy is not None and step % refresh_every == 0
+                if fresh:
                     copy_policy(old_policy, policy)  # line 3: pi_old <- pi
                 lr = learning_rate(step, total_steps, warmup_steps, args.lr, args.lr_end)
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["factor"]
                 groups = random_generator(GROUP, args.seed, step, world.rank) if args.group_size not in (None, num_outputs) else None
-                sums = training_step(model, old_policy, optimizer, scaler, images, targets, args, world, groups)  # lines 5 to 9
+                sums = training_step(model, old_policy, optimizer, scaler, images, targets, args, world, fresh, groups)  # lines 5 to 9
                 step += 1
                 run.record(step, lr, sums)
             if step % steps_per_epoch == 0:

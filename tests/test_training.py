@@ -121,6 +121,42 @@ def test_the_old_policy_stays_behind_between_refreshes(tmp_path, monkeypatch):
     assert [same for same, _, _ in seen] == [True, False] * 3
 
 
+@pytest.mark.parametrize("extra", [(), ("--grad-accum", "4"), ("--amp", "bf16"), ("--old-policy-every", "1")], ids=str)
+def test_the_old_policy_does_not_run_right_after_a_refresh(extra, tmp_path, monkeypatch):
+    """And not a bit changes by that."""
+    run(tmp_path / "skipped", "--epochs", "2", *extra)
+    original, steps, forwards = grpo_rm.training_step, [], []
+
+    def spy(model, old_policy, *rest):
+        *rest, fresh, groups = rest
+        steps.append(fresh)
+        counting = old_policy.register_forward_hook(lambda *_: forwards.append(fresh))
+        sums = original(model, old_policy, *rest, False, groups)
+        counting.remove()
+        return sums
+
+    monkeypatch.setattr(grpo_rm, "training_step", spy)
+    run(tmp_path / "all", "--epochs", "2", *extra)
+    assert steps == ([True] * 6 if "--old-policy-every" in extra else [True, False, False] * 2) and len(forwards) >= 6
+    for name in ("backbone.pth", "head.pth"):
+        skipped, whole = (torch.load(tmp_path / d / name, weights_only=True) for d in ("skipped", "all"))
+        assert all(torch.equal(skipped[key], whole[key]) for key in whole)
+    logs = [read_log(tmp_path / d / "log.jsonl") for d in ("skipped", "all")]
+    assert without_speed(logs[0]) == without_speed(logs[1])
+
+
+def test_a_fresh_old_policy_is_not_asked():
+    class Silent(torch.nn.Module):
+        def forward(self, images):
+            raise AssertionError
+
+    args = arguments("--ratio-floor", "0")
+    optimizer = torch.optim.Adam((policy := small_policy()).parameters(), fused=True)
+    images, targets = torch.ones(4, 3, 42, 42, dtype=torch.float64), torch.arange(4)
+    sums = training_step(policy, Silent(), optimizer, torch.amp.GradScaler("cpu", enabled=False), images, targets, args, CPU, True)
+    assert sums["mean_ratio"] == sums["samples"] == 4  # rho = 1
+
+
 def test_learning_rate():
     rates = [learning_rate(step, 100, 10, 1.0, 0.01) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
@@ -268,7 +304,8 @@ def test_a_huge_ratio_is_warned_of_once(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(grpo_rm, "training_step", spy)
     run(tmp_path, "--ratio-floor", "0", "--lr", "1e-6", "--epochs", "2")
-    assert all(event["max_ratio"] > 1e4 for event in read_log(tmp_path / "log.jsonl"))
+    ratios = [event["max_ratio"] for event in read_log(tmp_path / "log.jsonl") if event["event"] == "step"]
+    assert [ratio > 1e4 for ratio in ratios] == [False, True, True] * 2  # right after a refresh the old policy does not run
     assert capsys.readouterr().err.count("warning: the ratio p/q reached") == 1
 
 
