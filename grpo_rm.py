@@ -559,6 +559,15 @@ class Policy(nn.Module):
         return self.head(self.backbone.forward_features(images))
 
 
+def recompute_activations(backbone: nn.Module) -> None:
+    """Let each of the backbone's blocks keep its input only, and run again in the backward pass: a third more work for a
+    fraction of the memory."""
+    lists = [module for module in backbone.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+    blocks = max(lists, key=lambda module: sum(parameter.numel() for parameter in module.parameters()))
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
 def check_image_size(backbone: nn.Module, image_size: int) -> None:
     """InputError unless `image_size` is a multiple of the backbone's patch size."""
     if image_size % backbone.patch_size:
@@ -726,6 +735,8 @@ def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args
     num_outputs = policy.head.layers[-1].out_features
     if args.group_size and not 2 <= args.group_size <= num_outputs:
         raise InputError(f"--group-size {args.group_size} must be at least 2 and at most the number of classes, {num_outputs}")
+    if args.recompute_activations:
+        recompute_activations(policy.backbone)
     old_policy = None
     if args.method == "grpo_rm":
         old_policy = copy.deepcopy(policy).requires_grad_(False)  # allocated once, outside DDP, never given gradients
@@ -888,6 +899,7 @@ def add_training_arguments(parser: ArgumentParser, *, lr: float, lr_end: float, 
     group.add_argument("--epochs", type=number(1, kind=int), default=100, help="the paper's is 100; below log(c)/log(1.2) epochs GRPO-RM has not converged")
     group.add_argument("--batch-size", type=number(1, kind=int), default=batch_size, help=f"global batch m, over all processes; the paper's is {batch_size}")
     group.add_argument("--grad-accum", type=number(1, kind=int), default=1, help="cut each process's batch into so many pieces, to save memory; the result is the same")
+    group.add_argument("--recompute-activations", action="store_true", help="keep only the inputs of the backbone's blocks for the backward pass and run them again there, to save memory; the result is the same")
     group.add_argument("--lr", type=number(0, open_low=True), help=f"first learning rate; default: the paper's {lr:g} * m/256")
     group.add_argument("--lr-end", type=number(0), help=f"last learning rate; default: the paper's {lr_end:g} * m/256")
     group.add_argument("--head-lr-factor", type=number(0, open_low=True), default=1.0, help="multiplies the head's learning rate; the paper's is 1")

@@ -383,3 +383,23 @@ def test_a_group_of_all_classes_is_the_default_bit_for_bit(tmp_path, capsys):
     assert "--group-size 11 must be at least 2 and at most the number of classes, 10" in stderr_of(
         capsys, train_cls.main, *TINY, "--batch-size", "50", "--group-size", "11", "--output-dir", tmp_path / "none"
     )
+
+
+def test_recomputed_activations_change_nothing_but_memory(tmp_path):
+    images, held, gradients = torch.randn(64, 3, 42, 42), [], []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        backbone = VitTiny()
+        if recompute:
+            grpo_rm.recompute_activations(backbone)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
+            output = backbone(images)
+        held.append(sum(kept))
+        output.square().sum().backward()
+        gradients.append([parameter.grad for parameter in backbone.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True)) and held[1] < held[0] / 2
+    for name, flags in (("kept", []), ("recomputed", ["--recompute-activations"])):
+        run(tmp_path / name, "--epochs", "2", *flags)  # the old policy is a copy, and has blocks of its own
+    one, other = (torch.load(tmp_path / name / "backbone.pth", weights_only=True) for name in ("kept", "recomputed"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
