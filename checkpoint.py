@@ -26,7 +26,8 @@ from data import Diverged, InputError, Stopped, first_line
 # other values of these, and report.py averages over them.
 NEUTRAL = set(
     "data_root download device workers output_dir resume checkpoint_minutes eval_every log_every max_steps hub_repo weights "
-    "grad_accum timeout_minutes skip_unreadable input decoded_cache recompute_activations head_chunk cache_features save_images output git_commit torch_version device_name world_size".split()
+    "grad_accum compile timeout_minutes skip_unreadable input decoded_cache recompute_activations head_chunk cache_features "
+    "save_images output git_commit torch_version device_name world_size".split()
 )
 
 

@@ -537,7 +537,7 @@ class SegmentationHead(nn.Module):
             hidden = self.layers[0](tokens.to(self.layers[0].weight.dtype))  # (B, h*w, hidden)
             hidden = hidden.transpose(1, 2).unflatten(2, (side, side))  # (B, hidden, h, w)
             parts = hidden.split(self.chunk or len(hidden))
-            if self.chunk and torch.is_grad_enabled():
+            if self.chunk and hidden.requires_grad:
                 return torch.cat([checkpoint(self._upsampled_logits, part, use_reentrant=False) for part in parts])
             return torch.cat([self._upsampled_logits(part) for part in parts])  # the same pieces: the same kernels, rho = 1
 
@@ -651,6 +651,8 @@ def autocast(amp: str, device: torch.device) -> torch.autocast:
 # ------------------------------------------------------------------------------------------------------------------
 # Training: Algorithm 1
 
+COMPILE_STEPS = 5000  # compiling takes about a minute, and a GPU then gains 5 to 40 ms a step, less for small images
+
 
 def learning_rate(step: int, total_steps: int, warmup_steps: int, lr: float, lr_end: float) -> float:
     """A cosine from `lr` down to `lr_end` at the last step (paper silent on the curve), after a linear warm-up."""
@@ -688,12 +690,13 @@ def training_step(model, old_policy, optimizer, scaler, images, targets, args, w
         wait = world.size > 1 and i < len(pieces)  # the ranks' gradients are summed with the last piece
         with model.no_sync() if wait else contextlib.nullcontext():
             with autocast(args.amp, world.device):
-                logits = model(x)  # pi(y|x), (B, G) or (B, G, M, M)
+                if old_policy is not None and not fresh:
+                    old_logits = old_policy(x).detach()  # line 5: pi_old(y|x), (B, G) or (B, G, M, M)
+                logits = model(x)  # pi(y|x), of the same shape
             if old_policy is None:
                 loss, stats = cross_entropy_loss(logits, y, ignore_index=IGNORE)
             else:
-                with torch.no_grad(), autocast(args.amp, world.device):
-                    old_logits = logits.detach() if fresh else old_policy(x)  # line 5: pi_old(y|x), of the same shape
+                old_logits = logits.detach() if fresh else old_logits
                 loss, stats = grpo_rm_loss(  # lines 6 to 8
                     logits,
                     old_logits,
@@ -735,11 +738,22 @@ def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args
     num_outputs = policy.head.layers[-1].out_features
     if args.group_size and not 2 <= args.group_size <= num_outputs:
         raise InputError(f"--group-size {args.group_size} must be at least 2 and at most the number of classes, {num_outputs}")
+    steps_per_epoch = len(loader)
+    total_steps = args.epochs * steps_per_epoch
+    last_step = min(total_steps, args.max_steps or total_steps)
+    args.compile = args.compile == "on" or (args.compile == "auto" and world.device.type == "cuda" and last_step >= COMPILE_STEPS)
     if args.recompute_activations:
         recompute_activations(policy.backbone)
     old_policy = None
     if args.method == "grpo_rm":
-        old_policy = copy.deepcopy(policy).requires_grad_(False)  # allocated once, outside DDP, never given gradients
+        old_policy = copy.deepcopy(policy)  # allocated once, outside DDP, never given gradients
+        if not args.compile:  # with gradients other code is compiled, which rounds differently: both policies need the same
+            old_policy.requires_grad_(False)
+    for network in (policy, old_policy) if args.compile else ():
+        if network is not None:
+            network.compile(dynamic=False)  # in place: no name in a state dict changes; a size always has the same code
+    if world.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     warnings.filterwarnings("ignore", message="Grad strides do not match")  # DDP, of tokens of shape (1, 1, D): harmless
     gpus = [world.device] if world.device.type == "cuda" else None
     model = DistributedDataParallel(policy, device_ids=gpus) if world.size > 1 else policy
@@ -748,9 +762,6 @@ def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args
     optimizer = torch.optim.Adam(groups, lr=args.lr, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")
 
-    steps_per_epoch = len(loader)
-    total_steps = args.epochs * steps_per_epoch
-    last_step = min(total_steps, args.max_steps or total_steps)
     refresh_every = args.old_policy_every or steps_per_epoch
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
     with Run(args, world, loader, policy=policy, old_policy=old_policy, optimizer=optimizer, scaler=scaler) as run:
@@ -774,7 +785,8 @@ def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args
                 run.record(step, lr, sums)
             if step % steps_per_epoch == 0:
                 due = epoch + 1 == args.epochs or (epoch + 1) % args.eval_every == 0
-                run.end_epoch(step, validate if due else None)
+                with torch.compiler.set_stance("force_eager"):  # validation's few batches do not repay another compilation
+                    run.end_epoch(step, validate if due else None)
             else:  # --max-steps ends within the epoch
                 run.flush(step)
             run.save(step)
@@ -908,6 +920,7 @@ def add_training_arguments(parser: ArgumentParser, *, lr: float, lr_end: float, 
     group.add_argument("--hidden-dim", type=number(1, kind=int), help="width of the head; default: the paper's, 64 for VOC and 256 otherwise")
 
     group = parser.add_argument_group("run")
+    group.add_argument("--compile", nargs="?", const="on", choices=["auto", "on", "off"], default="auto", help=f"torch.compile of both policies; auto: on GPUs, for runs of {COMPILE_STEPS} steps and more")
     group.add_argument("--deterministic", action="store_true", help="the same bits in every run on the same GPUs; position embeddings are then not trained, for their interpolation has no deterministic gradient there")
     group.add_argument("--output-dir", help="default: runs/<dataset>/<method>/seed<seed>")
     group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --output-dir, or start where there is none")

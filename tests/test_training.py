@@ -157,6 +157,34 @@ def test_a_fresh_old_policy_is_not_asked():
     assert sums["mean_ratio"] == sums["samples"] == 4  # rho = 1
 
 
+def test_compiled_policies_share_their_code(tmp_path, monkeypatch):
+    """So rho is exactly 1 after a refresh; names, resuming and, up to rounding, the result are those of a plain run."""
+    compile_, original, same = torch.nn.Module.compile, grpo_rm.training_step, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_(self, backend="aot_eager", **options))
+
+    def spy(model, old_policy, optimizer, scaler, images, targets, args, world, fresh, groups):
+        if fresh:
+            same.append(torch.equal(old_policy(images), model(images)))
+        return original(model, old_policy, optimizer, scaler, images, targets, args, world, fresh, groups)
+
+    run(tmp_path / "plain", "--epochs", "2")
+    monkeypatch.setattr(grpo_rm, "training_step", spy)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run(tmp_path / "whole", "--epochs", "2", "--compile")
+    assert same == [True, True]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # batches of 40 images and, at the end, of 20
+    assert not torch._dynamo.utils.counters["graph_break"]
+    run(tmp_path / "parts", "--epochs", "2", "--compile", "on", "--max-steps", "4")
+    run(tmp_path / "parts", "--epochs", "2", "--compile", "--resume")
+    for name in ("backbone.pth", "head.pth"):
+        plain, whole, parts = (torch.load(tmp_path / d / name, weights_only=True) for d in ("plain", "whole", "parts"))
+        assert all(torch.equal(whole[key], parts[key]) for key in whole)
+        torch.testing.assert_close(whole, plain, atol=1e-3, rtol=0)
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["compile"] is True
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())["compile"] is False  # auto, on a CPU
+
+
 def test_learning_rate():
     rates = [learning_rate(step, 100, 10, 1.0, 0.01) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
