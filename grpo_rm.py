@@ -306,13 +306,12 @@ def fused_piece(
             x.masked_fill_(~valid, value)
     hits, entropy = ((predictions == k) & valid).sum(), -dot(p, log_p)
 
-    log_q.sub_(log_p)
-    kl = dot(q, log_q)
     if ratio_floor:
-        ratio, rewards = log_p.sub_(torch.add(q, ratio_floor / G, out=log_q).log_()), log_q
+        kl = dot(q, log_q.sub_(log_p))
+        log_p.sub_(torch.add(q, ratio_floor / G, out=log_q).log_())
     else:
-        ratio, rewards = log_q.neg_(), log_p
-    ratio.clamp_(max=80).exp_()
+        kl = -dot(q, log_p.sub_(log_q))
+    ratio, rewards = log_p.clamp_(max=80).exp_(), log_q
     K = G
     if members is not None:  # the group is these outputs; the others have p/q = 0, A = 0 and the weight 0
         K, chosen = members.shape[1], torch.zeros_like(ratio).scatter_(1, members, 1)
@@ -362,7 +361,7 @@ def shift_(logits, shifted) -> None:
 def softmax_(shifted, probs, lowest: float) -> None:
     """Write softmax(shifted) to `probs`, and its logarithm, at least `lowest`, in place: one exponential for both."""
     total = torch.exp(shifted, out=probs).sum(1, keepdim=True)
-    probs.div_(total)
+    probs.mul_(1 / total)
     shifted.sub_(total.log_()).clamp_(min=lowest)
 
 
