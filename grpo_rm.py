@@ -650,7 +650,7 @@ def autocast(amp: str, device: torch.device) -> torch.autocast:
 # ------------------------------------------------------------------------------------------------------------------
 # Training: Algorithm 1
 
-COMPILE_STEPS = 5000  # compiling takes about a minute, and a GPU then gains 5 to 40 ms a step, less for small images
+COMPILE_STEPS = 5000  # compiling takes a minute or so; an estimate, not measured on a GPU yet
 
 
 def learning_rate(step: int, total_steps: int, warmup_steps: int, lr: float, lr_end: float) -> float:
