@@ -445,8 +445,8 @@ COCO_CLASSES = [name for name in MaskRCNN_ResNet50_FPN_Weights.DEFAULT.meta["cat
 
 
 def _scene_split(classes: list[str], pairs: list[tuple[str, str]], table: np.ndarray, hint: str = "") -> SceneSplit:
-    """Scenes from (image file, mask file); `table` turns a mask's labels into class indices. The first mask that is not
-    all void is read at once, so that a set which cannot be used is refused before anything is computed."""
+    """Scenes from (image file, mask file); `table` turns a mask's labels into class indices. A split whose masks
+    are all void is refused here: nothing would come of it."""
     files = np.array(pairs)  # an array: a list of strings would be copied into every worker
     images, masks = files.T
     hint = hint or f"labels are 0 to {len(classes) - 1}, and {VOID} for void; correct the mask or the list of classes"
@@ -465,7 +465,11 @@ def _scene_split(classes: list[str], pairs: list[tuple[str, str]], table: np.nda
             raise InputError(f"mask {masks[i]} is {width} x {height}, its image {images[i]} {image.size[0]} x {image.size[1]}; they must be equal")
         return image, mask
 
-    if not any((labels(i) != VOID).any() for i in range(len(masks))):
+    try:
+        void = all((labels(i) == VOID).all() for i in range(len(masks)))
+    except InputError:  # the decoding will say so, or pass over it
+        void = False
+    if void:
         raise InputError(f"all {len(masks)} masks in {Path(masks[0]).parent} are void ({VOID}) everywhere; nothing can be learned or scored")
     return SceneSplit(classes, len(images), read, files)
 
@@ -473,6 +477,10 @@ def _scene_split(classes: list[str], pairs: list[tuple[str, str]], table: np.nda
 def _pair_up(images: Path, masks: Path) -> list[tuple[str, str]]:
     """(image, mask) of equal names but for the suffix. InputError for an image without mask, a mask without image, or none."""
     image_files, mask_files = ({Path(file).stem: file for file in _image_files(folder)} for folder in (images, masks))
+    for folder, files in ((images, image_files), (masks, mask_files)):
+        twice = next((file for file in _image_files(folder) if files[Path(file).stem] != file), None)
+        if twice:
+            raise InputError(f"{twice} and {files[Path(twice).stem]} differ in their suffix only; remove one")
     for name, file in image_files.items():
         if name not in mask_files:
             raise InputError(f"image {file} has no mask; {masks / name}.png is missing")
@@ -489,7 +497,7 @@ def _voc_splits(root: Path, download: bool) -> tuple[SceneSplit, SceneSplit]:
     splits = []
     for part in ("train", "val"):
         try:
-            dataset = datasets.VOCSegmentation(str(root), year="2012", image_set=part, download=download and part == "train")
+            dataset = datasets.VOCSegmentation(str(root), year="2012", image_set=part, download=download and not (root / "VOCdevkit" / "VOC2012").is_dir())
         except (OSError, RuntimeError) as error:
             reason = first_line(error)
             raise InputError(f"voc2012 under {root} is missing or incomplete ({reason}); add --download, or unpack VOCtrainval_11-May-2012.tar there") from error
@@ -509,7 +517,8 @@ def _ade20k_splits(root: Path, download: bool) -> tuple[SceneSplit, SceneSplit]:
     if not home.is_dir():
         raise InputError(f"ade20k: {home} is missing; add --download, or unpack ADEChallengeData2016.zip into {root}")
     info = home / "objectInfo150.txt"
-    classes = [line.split("\t")[-1].split(",")[0].strip() for line in info.read_text().splitlines()[1:]] if info.is_file() else []
+    lines = info.read_text(errors="replace").splitlines() if info.is_file() else []
+    classes = [line.split("\t")[-1].split(",")[0].strip() for line in lines[1:]]
     if len(classes) != 150:
         classes = [f"class {i}" for i in range(1, 151)]
     folders = [(home / "images" / part, home / "annotations" / part) for part in ("training", "validation")]
@@ -537,17 +546,31 @@ def _coco_stuff_splits(root: Path, download: bool) -> tuple[SceneSplit, SceneSpl
     return train, val
 
 
+def _highest_label(file: str) -> int:
+    """The highest class index in a mask; 0 where it cannot be read: the decoding will say so, or pass over it."""
+    try:
+        labels = read_labels(file)
+    except InputError:
+        return 0
+    return int(labels[labels != VOID].max(initial=0))
+
+
 def _mask_folder_splits(root: Path) -> tuple[SceneSplit, SceneSplit]:
     """A user's own scenes: images/{train,val}/*, masks/{train,val}/*.png; class names one a line in classes.txt, or as many
     numbers as the masks use."""
     pairs = {part: _pair_up(root / "images" / part, root / "masks" / part) for part in ("train", "val")}
     if (root / "classes.txt").is_file():
-        classes = [line.strip() for line in (root / "classes.txt").read_text().splitlines() if line.strip()]
+        try:
+            lines = (root / "classes.txt").read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{root / 'classes.txt'} is not text in UTF-8 ({first_line(error)}); save it as such") from error
+        classes = [line.strip() for line in lines if line.strip()]
+        if len(set(classes)) < len(classes):
+            raise InputError(f"{root / 'classes.txt'} names {max(classes, key=classes.count)!r} twice; give every class a name of its own")
     else:
         with ThreadPoolExecutor() as pool:
-            labels = pool.map(lambda pair: read_labels(pair[1]), pairs["train"] + pairs["val"])
-            highest = max(int(mask[mask != VOID].max(initial=0)) for mask in tqdm(labels, "classes", disable=None, leave=False))
-        classes = [f"class {i}" for i in range(highest + 1)]
+            highest = pool.map(_highest_label, [mask for part in pairs.values() for _, mask in part])
+            classes = [f"class {i}" for i in range(max(highest) + 1)]
     if not 2 <= len(classes) <= VOID:
         where = root / "classes.txt" if (root / "classes.txt").is_file() else root / "masks"
         raise InputError(f"{where}: {len(classes)} classes; between 2 and {VOID} are possible, with indices from 0")
@@ -962,7 +985,7 @@ class TrainLoader:
         """The batches of `epoch`, from number `start` on."""
         order = torch.randperm(self.samples.count, generator=random_generator(ORDER, self.seed, epoch))
         batches = order.split(self.batch_size)[start:]
-        runs = [torch.arange(len(batch)).tensor_split(self.world.size)[self.world.rank] for batch in batches]
+        runs = [self._run(start + step) for step in range(len(batches))]
         mine = [batch[run if len(run) else slice(1)] for batch, run in zip(batches, runs, strict=True)]
         for step, (pixels, targets) in enumerate(self.samples.fetch(mine, key=(self.seed, epoch))):
             run, targets = runs[step], targets.to(self.world.device)
@@ -974,6 +997,17 @@ class TrainLoader:
             if targets.dtype == torch.uint8:  # masks
                 targets = targets.long().masked_fill_(targets == VOID, IGNORE)
             yield to_input(pixels, self.image_size), targets
+
+    def _run(self, step: int) -> torch.Tensor:
+        """The places of this rank's samples in global batch number `step` of an epoch."""
+        length = min(self.batch_size, self.samples.count - step * self.batch_size)
+        return torch.arange(length).tensor_split(self.world.size)[self.world.rank]
+
+    def random_orders(self, epoch: int, step: int, num_outputs: int) -> torch.Tensor:
+        """A random order of the outputs for each sample of this rank's batch number `step` of `epoch`, (B, num_outputs)."""
+        generator, run = random_generator(GROUP, self.seed, epoch, step), self._run(step)
+        orders = torch.rand(self.batch_size, num_outputs, generator=generator).argsort(1)  # of the whole global batch
+        return orders[run if len(run) else slice(1)]
 
     def _augment(
         self, pixels: torch.Tensor, targets: torch.Tensor, run: torch.Tensor, total: int, generator: torch.Generator
@@ -991,7 +1025,7 @@ class EvalLoader:
     (B, 3, S, S), targets (B,)). Whole batches are dealt to the ranks in turn, so a sample's batch is the same for any
     number of processes, and so are its features to the last bit."""
 
-    def __init__(self, split: Split, protocol: Protocol, image_size: int, batch_size: int, world, workers: int, *, skip_unreadable: bool = False):
+    def __init__(self, split: Split, protocol: Protocol, image_size: int, batch_size: int, world, workers: int):
         self.image_size, self.device, self.num_samples, self.batch_size = image_size, world.device, len(split), batch_size
         batches = torch.arange(len(split)).split(batch_size)[world.rank :: world.size]
         self.mine = torch.cat(batches) if batches else torch.arange(0)
@@ -999,7 +1033,7 @@ class EvalLoader:
         side = protocol.stored_size or image_size
         decode = decode_labelled(split.subset(self.mine.numpy()), side, margin=margin)
         resident = len(self.mine) * 3 * side**2 <= RESIDENT_BYTES
-        self.samples = Samples(len(self.mine), decode, world, workers, resident=resident, skip_unreadable=skip_unreadable)
+        self.samples = Samples(len(self.mine), decode, world, workers, resident=resident)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         local = list(torch.arange(len(self.mine)).split(self.batch_size)) if len(self.mine) else []
@@ -1022,12 +1056,11 @@ class SceneLoader:
         workers: int,
         *,
         stream: bool = False,
-        skip_unreadable: bool = False,
     ):
         self.sides = sides
         sample_bytes = sum(3 * side**2 for side in sides) + (map_size or max(sides)) ** 2
         resident = not stream and len(split) * sample_bytes <= RESIDENT_BYTES
-        self.samples = Samples(len(split), decode_scene(split, sides, map_size), world, workers, resident=resident, skip_unreadable=skip_unreadable)
+        self.samples = Samples(len(split), decode_scene(split, sides, map_size), world, workers, resident=resident)
 
     def fetch(self, batches: list[torch.Tensor]) -> Iterator[tuple]:
         for *pixels, masks in self.samples.fetch(batches):
@@ -1075,6 +1108,8 @@ def draw_panels(pictures: list[tuple[str, Image.Image]], classes: list[str], hei
     panel = Image.new("RGB", (width, y + 24), "white")
     pen, left = ImageDraw.Draw(panel), gap
     for title, cell in cells:
+        while font.getlength(title) > cell.width:
+            title = title.removesuffix("...")[:-1] + "..."
         pen.text((left, 4), title, "black", font)
         panel.paste(cell, (left, 24))
         left += cell.width + gap

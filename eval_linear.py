@@ -62,6 +62,7 @@ from grpo_rm import (
     write_result,
 )
 
+SCALES = [1.0, 1.32, 1.73]  # the default of the segmentation notebook in DINOv2's repository
 PIECE = 16  # images in a forward pass over scenes, whatever the batch size and the number of processes
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -217,7 +218,7 @@ def upsampled_cross_entropy(logits: torch.Tensor, masks: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def class_scores(backbone: nn.Module, segmenter: LinearSegmenter, images: list[torch.Tensor], layers: int, amp: str) -> list[torch.Tensor]:
+def class_logits(backbone: nn.Module, segmenter: LinearSegmenter, images: list[torch.Tensor], layers: int, amp: str) -> list[torch.Tensor]:
     """Logits (B, C, h, w) of the images (B, 3, S, S) at every scale and, where there are several scales, of their mirror
     images (mirrored back)."""
     logits = []
@@ -231,8 +232,11 @@ def class_scores(backbone: nn.Module, segmenter: LinearSegmenter, images: list[t
 def predict(logits: list[torch.Tensor], size: torch.Size) -> torch.Tensor:
     """The most probable class (H, W) of each pixel: logits (C, h, w) of one image, upsampled to `size`; of several, their
     softmax is averaged."""
-    maps = (F.interpolate(x[None], size=tuple(size), mode="bilinear")[0] for x in logits)  # (C, H, W), one at a time
-    return next(maps).argmax(0) if len(logits) == 1 else sum(x.softmax(0) for x in maps).argmax(0)
+    scores = 0  # (C, H, W)
+    for x in logits:
+        x = F.interpolate(x[None], size=tuple(size), mode="bilinear")[0]
+        scores = x if len(logits) == 1 else x.softmax(0).add_(scores)
+    return scores.argmax(0)
 
 
 def score_scenes(
@@ -246,19 +250,24 @@ def score_scenes(
 ) -> torch.Tensor:
     """The confusion matrix (C, C) int64 of a split, whose pieces are dealt to the ranks; saves args.save_images scenes at even
     distances in `directory`."""
+    if world.rank == 0 and args.save_images:  # no picture of an earlier evaluation among those of this one
+        for file in directory.glob("*.png"):
+            file.unlink()
+    if world.size > 1:
+        dist.barrier()
     confusion = torch.zeros(len(split.classes), len(split.classes), dtype=torch.int64, device=world.device)
     mine = torch.arange(len(split)).split(PIECE)[world.rank :: world.size]
     map_size = args.map_size if args.resolution == "map" else None
     loader = SceneLoader(split, scaled_sides(args, backbone.patch_size), map_size, world, args.workers, stream=True)
-    saved = set(torch.linspace(0, len(split) - 1, args.save_images).round().int().tolist())
+    to_save = set(torch.linspace(0, len(split) - 1, args.save_images).round().int().tolist())
     pieces = zip(mine, loader.fetch(list(mine)), strict=True)
     for indices, (*images, masks) in tqdm(pieces, "scores", len(mine), disable=None if world.rank == 0 else True, leave=False):
-        logits = class_scores(backbone, segmenter, images, layers, args.amp)
+        logits = class_logits(backbone, segmenter, images, layers, args.amp)
         for i, index in enumerate(indices.tolist()):
             truth = masks[i].to(world.device)  # (H, W)
             prediction = predict([x[i] for x in logits], truth.shape)
             confusion += confusion_matrix(prediction, truth, len(split.classes))
-            if index in saved:
+            if index in to_save:
                 save_scene(directory, index, split, prediction.byte().cpu())
     if world.size > 1:
         dist.all_reduce(confusion)
@@ -267,7 +276,7 @@ def score_scenes(
 
 def scaled_sides(args: argparse.Namespace, patch_size: int) -> list[int]:
     """The sides in pixels that a scene is judged at: args.image_size times each scale, as multiples of the patch size."""
-    scales = args.scales if args.features == "multiscale" else [1.0]
+    scales = args.scales or [1.0]
     return [max(1, round(args.image_size * scale / patch_size)) * patch_size for scale in scales]
 
 
@@ -285,6 +294,8 @@ def judge_scenes(args: argparse.Namespace, world: World, path: Path) -> None:
     train_split, val_split, backbone = load_data_and_backbone(args, world)
     if not hasattr(backbone, "get_intermediate_layers"):
         raise InputError(f"--backbone {args.backbone} has no get_intermediate_layers; segmentation needs DINOv2's interface")
+    if args.image_size == backbone.patch_size:
+        raise InputError(f"--image-size {args.image_size} is a single patch; segmentation needs more of them")
     layers, classes = 4 if args.features == "multiscale" else 1, train_split.classes
     loader = SceneLoader(train_split, [args.image_size], args.map_size, world, args.workers)
     tokens = (args.image_size // backbone.patch_size) ** 2
@@ -322,7 +333,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr-end", type=number(0), help="last learning rate; default: 1e-5 * m/256")
     group = parser.add_argument_group("segmentation")
     group.add_argument("--features", choices=["linear", "multiscale"], default="linear", help="the last layer's patch tokens, or those of the last four layers with test-time augmentation")
-    group.add_argument("--scales", type=number(0, 8, open_low=True), nargs="+", default=[1.0, 1.32, 1.73], help="of the image in multiscale evaluation; default: 1.0 1.32 1.73, those of DINOv2's segmentation notebook (its configuration goes on with 2.28 and 3.0)")
+    group.add_argument("--scales", type=number(0, 8, open_low=True), nargs="+", help="of the image in multiscale evaluation; default: 1.0 1.32 1.73, those of DINOv2's segmentation notebook (with more of them 2.28 and 3.0 follow)")
     group.add_argument("--resolution", choices=["native", "map"], default="native", help="count pixels at the size of each ground truth, or on the paper's reduced map")
     group.add_argument("--map-size", type=number(1, kind=int), default=128, help="side of the maps that the layer is trained on")
     group.add_argument("--cache-features", type=number(0), nargs="?", const=float("inf"), default=4.0, metavar="GIB", help="keep the training features on every process's device if they need no more than this; without a number: always; 0: never")
@@ -336,6 +347,12 @@ def main(argv: list[str] | None = None) -> None:
     world = init_world(args.device, args.timeout_minutes)
     protocol = resolve_evaluation_arguments(args, world)
     resolve_learning_rate(args, lr=1e-3, lr_end=1e-5)
+    if args.task == "classification" and (args.features != "linear" or args.resolution != "native" or args.save_images):
+        raise InputError(f"--features multiscale, --resolution map and --save-images are for segmentation; {args.dataset} is a classification set")
+    if args.scales and args.features == "linear":
+        raise InputError("--scales are for --features multiscale; add it or leave them out")
+    if args.features == "multiscale":
+        args.scales = args.scales or SCALES
     if args.task == "segmentation":
         judge_scenes(args, world, result_path(args, "eval_linear.json" if args.features == "linear" else "eval_linear_multiscale.json"))
     else:

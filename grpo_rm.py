@@ -33,7 +33,6 @@ from tqdm import tqdm
 
 from checkpoint import NEUTRAL, Meter, Run, config_beside, load_strictly, write_json
 from data import (
-    GROUP,
     IGNORE,
     ArgumentParser,
     EvalLoader,
@@ -45,7 +44,6 @@ from data import (
     limit,
     load_splits,
     number,
-    random_generator,
     resolve_task,
 )
 
@@ -94,12 +92,11 @@ def group_advantages(rewards: torch.Tensor, weights: torch.Tensor | None = None)
     return torch.where(std > rounding, centred / std, 0)
 
 
-def draw_groups(targets: torch.Tensor, num_outputs: int, group_size: int, generator: torch.Generator) -> torch.Tensor:
-    """For each sample `group_size` of the outputs at random that always hold its target: targets (N,) or maps (B, H, W) ->
-    indices (N, K) or (B, K, H, W). The pixels of an image have one random order of the outputs. The paper's group is the
-    whole set; this is for the question whether it must be."""
-    order = torch.rand(len(targets), num_outputs, generator=generator).argsort(1).to(targets.device)  # (B, G)
-    order = order.view(*order.shape, *[1] * (targets.dim() - 1)).expand(-1, -1, *targets.shape[1:])
+def choose_groups(targets: torch.Tensor, order: torch.Tensor, group_size: int) -> torch.Tensor:
+    """For each sample the target and `group_size` - 1 other outputs, the first in its random order: targets (N,) or maps
+    (B, H, W), order (N, G) or (B, G), one for all pixels of an image -> indices (N, K) or (B, K, H, W). The paper's group is
+    the whole set; this is for the question whether it must be."""
+    order = order.to(targets.device).view(*order.shape, *[1] * (targets.dim() - 1)).expand(-1, -1, *targets.shape[1:])
     k = targets.clamp(min=0).unsqueeze(1)  # void pixels draw too, for nothing
     first, last = order[:, : group_size - 1], order[:, group_size - 1 : group_size]
     return torch.cat([first, torch.where((first == k).any(1, keepdim=True), last, k)], dim=1)
@@ -142,7 +139,7 @@ def grpo_rm_loss(
             the old policy: g_i = q_i, and A from the q-weighted mean and std.
         ratio_floor: F in rho_i = p_i / (q_i + F/c); 0 is the paper's. A class that the old policy gives less than
             F/c is clipped and no longer pushed down, and rho never exceeds c/F.
-        members: (N, K) or (B, K, H, W) int64, the outputs that make up each sample's group (see draw_groups); default:
+        members: (N, K) or (B, K, H, W) int64, the outputs that make up each sample's group (see choose_groups); default:
             all of them, as in the paper. Rewards and probabilities are those of the whole set; g, A and the statistics of
             rho are the group's.
         fused: False is the form to lay beside the paper; True, several times faster, writes its gradient down (FusedLoss).
@@ -378,7 +375,7 @@ def cross_entropy_loss(
     valid = targets != ignore_index
     count = valid.sum().clamp(min=1)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    loss = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum") / count
+    loss = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none").sum() / count  # its own sum of maps is not deterministic on GPUs
     correct = (logits.detach().argmax(1) == targets) & valid
     return loss, {"loss": loss.detach(), "accuracy": correct.sum() / count}
 
@@ -523,7 +520,7 @@ class SegmentationHead(nn.Module):
     follows, and their (hidden, M, M) maps are computed again in the backward pass, so that an image keeps no more than its
     logits; 0: all at once, and all is kept."""
 
-    def __init__(self, embed_dim: int, num_outputs: int, hidden_dim: int = 256, map_size: int = 128, chunk: int = 8):
+    def __init__(self, embed_dim: int, num_outputs: int, hidden_dim: int = 256, map_size: int = 128, chunk: int = 2):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(embed_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, num_outputs))
         self.map_size, self.chunk = map_size, chunk
@@ -668,24 +665,25 @@ def copy_policy(old_policy: nn.Module, policy: nn.Module) -> None:
         old.copy_(new)
 
 
-def training_step(model, old_policy, optimizer, scaler, images, targets, args, world, fresh=False, groups=None) -> dict[str, torch.Tensor]:
+def training_step(model, old_policy, optimizer, scaler, images, targets, args, world, fresh=False, order=None) -> dict[str, torch.Tensor]:
     """One batch: lines 5 to 9 of Algorithm 1, or a cross-entropy step where there is no old policy. `fresh` says that the
     old policy was refreshed just now: the policy's logits are its own, to the last bit, and it need not run.
 
     `model` is the policy, inside DDP when there are several processes; images (B, 3, H, W) and targets (B, ...) are
     this rank's part of the global batch, cut into args.grad_accum pieces. Every piece weighs as its share of the
-    global batch's valid samples, so the gradient does not depend on how the batch was cut. `groups` is the generator
-    that groups of args.group_size outputs are drawn with; None: all outputs are the group. Returns sums over this rank's
-    samples (float64 scalars), their number as "samples", and the largest "max_ratio".
+    global batch's valid samples, so the gradient does not depend on how the batch was cut. `order` (B, G) is the
+    random order that groups of args.group_size outputs are chosen from; None: all outputs are the group. Returns sums over
+    this rank's samples (float64 scalars), their number as "samples", and the largest "max_ratio".
     """
     total = (targets != IGNORE).sum()
     sums = {"images": torch.full((), len(images), dtype=torch.float64, device=world.device)}
     if world.size > 1:
         dist.all_reduce(total)
     meter = Meter()
-    pieces = zip(images.tensor_split(args.grad_accum), targets.tensor_split(args.grad_accum), strict=True)
+    orders = [None] * args.grad_accum if order is None else order.tensor_split(args.grad_accum)
+    pieces = zip(images.tensor_split(args.grad_accum), targets.tensor_split(args.grad_accum), orders, strict=True)
     pieces = [piece for piece in pieces if len(piece[0])]
-    for i, (x, y) in enumerate(pieces, 1):
+    for i, (x, y, y_order) in enumerate(pieces, 1):
         wait = world.size > 1 and i < len(pieces)  # the ranks' gradients are summed with the last piece
         with model.no_sync() if wait else contextlib.nullcontext():
             with autocast(args.amp, world.device):
@@ -707,7 +705,7 @@ def training_step(model, old_policy, optimizer, scaler, images, targets, args, w
                     background_penalty=args.background_penalty,
                     weighting=args.group_weighting,
                     ratio_floor=args.ratio_floor,
-                    members=draw_groups(y, logits.shape[1], args.group_size, groups) if groups else None,
+                    members=None if y_order is None else choose_groups(y, y_order, args.group_size),
                     ignore_index=IGNORE,
                 )
             samples = (y != IGNORE).sum()
@@ -778,8 +776,10 @@ def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args
                 lr = learning_rate(step, total_steps, warmup_steps, args.lr, args.lr_end)
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["factor"]
-                groups = random_generator(GROUP, args.seed, step, world.rank) if args.group_size not in (None, num_outputs) else None
-                sums = training_step(model, old_policy, optimizer, scaler, images, targets, args, world, fresh, groups)  # lines 5 to 9
+                order = None
+                if args.group_size not in (None, num_outputs):
+                    order = loader.random_orders(epoch, step % steps_per_epoch, num_outputs)
+                sums = training_step(model, old_policy, optimizer, scaler, images, targets, args, world, fresh, order)  # lines 5 to 9
                 step += 1
                 run.record(step, lr, sums)
             if step % steps_per_epoch == 0:

@@ -447,6 +447,10 @@ def settings_notes(groups: list[Group]) -> list[str]:
             values = {str(group.settings.get(("config", key))) for group in groups if group.dataset == dataset and group.row != "frozen"}
             if len(values) == 1 and values != {"None"}:
                 parts.append(f"{key} {values.pop()}")
+        judged = [group.settings for group in groups if group.dataset == dataset and group.task == "segmentation"]
+        resolutions = {settings[key] for settings in judged for key in settings if key[1] == "resolution"}
+        counted = {"native": "scored at the resolution of the ground truth", "map": "scored on the reduced map"}
+        parts += [counted[resolution] for resolution in sorted(resolutions) if resolution in counted]
         notes += [f"{DATASETS.get(dataset, dataset)}: {', '.join(parts)}."] if parts else []
     return notes
 
@@ -718,10 +722,13 @@ def draw_ablation(groups: list[Group], path: Path) -> Path | None:
 def draw_scenes(groups: list[Group], path: Path) -> Path | None:
     """Figure 2: the scenes that eval_linear.py --save-images left for all of these groups of one dataset, one a row, with the
     ground truth and each group's prediction (of its first run that has any) side by side. None where there are none."""
-    saved = {group.name: next((d for run in group.runs if (d := run.path / "eval_linear_images").is_dir()), None) for group in groups}
-    saved = {name: directory for name, directory in saved.items() if directory}
-    found = [{file.name.split("_")[0] for file in directory.glob("*_prediction.png")} for directory in saved.values()]
-    indices = sorted(set.intersection(*found)) if found else []
+    saved = {}
+    for group in groups:
+        for run in group.runs:
+            if "eval_linear" in run.scores and (directory := run.path / "eval_linear_images").is_dir():
+                saved.setdefault(group.name, directory)
+    found = [{(file.name.split("_")[0], file.read_bytes()) for file in directory.glob("*_truth.png")} for directory in saved.values()]
+    indices = sorted(index for index, _ in set.intersection(*found)) if found else []  # the same scene by its ground truth
     if not indices:
         return None
     classes = list(read_json(next(iter(saved.values())).parent / "eval_linear.json")["per_class_iou"])

@@ -7,7 +7,7 @@
 #
 # From the environment, with their defaults (the demo's in brackets):
 #   SEEDS      "0 1 2 3 4" ["0 1"]             METHODS    "frozen finetune grpo_rm"
-#   EPOCHS     100 [16]                        DATA_ROOT  directory of the datasets
+#   EPOCHS     100 [16; segmentation 8]        DATA_ROOT  directory of the datasets
 #   OUT        runs [runs/demo]                WEIGHTS    file to start from
 #   NPROC      processes; the number of GPUs, or 1 [1]
 #   ABLATIONS  0; 1 adds GRPO-RM with the other uniformity rewards of Table 6
@@ -24,14 +24,14 @@ here=$(cd "$(dirname "$0")" && pwd)
 if (($# == 0)); then # the demo: small batches and their learning rate, so that a small network learns in few epochs
     set -- shapes shapes_seg
     SEEDS=${SEEDS:-0 1}
-    EPOCHS=${EPOCHS:-16}
     OUT=${OUT:-runs/demo}
     NPROC=${NPROC:-1}
     MODEL_ARGS=${MODEL_ARGS:---limit-train 2000}
     TRAIN_ARGS=${TRAIN_ARGS:---batch-size 64 --lr 1e-3 --eval-every 8}
     SEG_MODEL_ARGS=${SEG_MODEL_ARGS:---limit-train 400 --limit-val 80 --map-size 56}
-    SEG_TRAIN_ARGS=${SEG_TRAIN_ARGS:---batch-size 32 --epochs 8}
+    SEG_TRAIN_ARGS=${SEG_TRAIN_ARGS:---batch-size 32 --epochs ${EPOCHS:-8}}
     SEG_EVAL_ARGS=${SEG_EVAL_ARGS:---batch-size 32 --epochs 10 --lr 3e-3}
+    EPOCHS=${EPOCHS:-16}
 fi
 SEEDS=${SEEDS:-0 1 2 3 4}
 METHODS=${METHODS:-frozen finetune grpo_rm}

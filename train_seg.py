@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None):
     group = parser.add_argument_group("segmentation")
     group.add_argument("--map-size", type=number(1, kind=int), default=128, help="side of the map of pixels that are classified; the paper's is 128")
     group.add_argument("--background-penalty", type=number(0), default=0.5, help="share of c taken from the reward of class 0 on every pixel; the paper's is 0.5, 0 switches it off")
-    group.add_argument("--head-chunk", type=number(0, kind=int), default=8, metavar="IMAGES", help="upsample and classify so many images at a time, and again in the backward pass, to save memory; 0: all at once; the result is the same")
+    group.add_argument("--head-chunk", type=number(0, kind=int), default=2, metavar="IMAGES", help="upsample and classify so many images at a time, and again in the backward pass, to save memory; 0: all at once; the result is the same")
     return parser.parse_args(argv)
 
 
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     loader = TrainLoader(train_split, protocol, args.image_size, args.batch_size, world, args.workers, **options)
     mine = torch.arange(len(val_split))[world.rank :: world.size]
     val_scenes = val_split.subset(mine.numpy())
-    val_loader = SceneLoader(val_scenes, [args.image_size], args.map_size, world, args.workers, skip_unreadable=args.skip_unreadable)
+    val_loader = SceneLoader(val_scenes, [args.image_size], args.map_size, world, args.workers)  # no stand-ins: each counts once
     val_batches = list(torch.arange(len(mine)).split(16)) if len(mine) else []
     train(policy, loader, lambda: head_scores(policy, val_loader, val_batches, num_classes, args.amp, world), args, world)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import grpo_rm
-from grpo_rm import accuracy_reward, cross_entropy_loss, draw_groups, group_advantages, grpo_rm_loss, uniformity_reward
+from grpo_rm import accuracy_reward, choose_groups, cross_entropy_loss, group_advantages, grpo_rm_loss, uniformity_reward
 
 OPTIONS = [
     dict(uniformity=uniformity, weighting=weighting, ratio_floor=floor, background_penalty=penalty)
@@ -373,19 +373,16 @@ def test_one_output_is_no_group():
 
 @pytest.mark.parametrize("shape", [(40,), (6, 5, 4)])
 @pytest.mark.parametrize("size", [2, 4, 7])
-def test_drawn_groups_hold_the_target_and_no_output_twice(shape, size):
+def test_groups_hold_the_target_and_no_output_twice(shape, size):
     targets = torch.randint(0, 7, shape, generator=torch.Generator().manual_seed(0))
     targets.view(-1)[3] = -100
-    members = draw_groups(targets, 7, size, torch.Generator().manual_seed(1))
-    assert members.shape == (shape[0], size, *shape[1:]) and members.min() >= 0 and members.max() < 7
-    rows = members.movedim(1, -1).reshape(-1, size)
-    for row, target in zip(rows.tolist(), targets.flatten().tolist(), strict=True):
-        assert len(set(row)) == size and (target < 0 or target in row)
-    again = draw_groups(targets, 7, size, torch.Generator().manual_seed(1))
-    assert torch.equal(members, again)
-    if len(shape) == 1 and size == 4:  # every other output is drawn equally often
-        many = draw_groups(torch.zeros(20000, dtype=torch.int64), 7, 4, torch.Generator().manual_seed(2))
-        assert (many.flatten().bincount()[1:] / 20000).sub(0.5).abs().max() < 0.02
+    order = torch.rand(shape[0], 7, generator=torch.Generator().manual_seed(1)).argsort(1)
+    members = choose_groups(targets, order, size)
+    assert members.shape == (shape[0], size, *shape[1:])
+    rows, orders = members.movedim(1, -1).reshape(-1, size).tolist(), order.repeat_interleave(targets[0].numel(), 0).tolist()
+    for row, target, first in zip(rows, targets.flatten().tolist(), orders, strict=True):
+        target = max(target, 0)  # a void sample's group is of no account
+        assert set(row) == {target, *[output for output in first if output != target][: size - 1]} and len(row) == size
 
 
 @BOTH
@@ -394,7 +391,7 @@ def test_drawn_groups_hold_the_target_and_no_output_twice(shape, size):
 def test_a_group_of_some_outputs_against_a_loop(weighting, maps, fused):
     logits, old, targets = random_case(n=12, c=6, apart=0.5)
     targets[4] = 255
-    members = draw_groups(targets.where(targets != 255, -100), 6, 3, torch.Generator().manual_seed(0))
+    members = choose_groups(targets.where(targets != 255, -100), torch.rand(12, 6).argsort(1), 3)
     options = dict(uniformity="eq5", background_penalty=0.5, ratio_floor=0.1, weighting=weighting)
     total, gradient = 0.0, torch.zeros_like(logits)
     p, q = (torch.softmax(x, 1) for x in (logits, old))

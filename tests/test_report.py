@@ -490,5 +490,13 @@ def test_scenes_stand_side_by_side(tmp_path):
         colours = [picture[row, 8 + 408 * cell + 200].tolist() for cell in range(5)]
         assert colours == [[255, 255, 255], *(palette()[i].tolist() for i in (0, 1, 2, 3))]
     (run / "eval_linear_images" / "000007_prediction.png").write_bytes(b"broken")
+    assert "scored at the resolution of the ground truth" in "\n".join(report.settings_notes(report.group_runs(report.find_runs(tmp_path), tmp_path)))
     with pytest.raises(InputError, match="scene 000007 cannot be read"):
         report.draw_figures(report.group_runs(report.find_runs(tmp_path), tmp_path), tmp_path / "figures")
+    palette_image(np.full((10, 20), 1, np.uint8)).save(run / "eval_linear_images" / "000007_truth.png")  # another scene of that number
+    (tmp_path / "figures" / "shapes_seg_scenes.png").unlink()
+    report.draw_figures(report.group_runs(report.find_runs(tmp_path), tmp_path), tmp_path / "figures")
+    assert np.asarray(Image.open(tmp_path / "figures" / "shapes_seg_scenes.png")).shape[0] == picture.shape[0] // 2
+    (run / "eval_linear.json").unlink()  # its evaluation is still running
+    report.draw_figures(report.group_runs(report.find_runs(tmp_path), tmp_path), tmp_path / "figures")
+    assert np.asarray(Image.open(tmp_path / "figures" / "shapes_seg_scenes.png")).shape[1] == 8 + 4 * 408

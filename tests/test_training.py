@@ -60,9 +60,9 @@ def rank_of_several(rank: int, size: int, port: int, directory: str, *extra: str
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(("method", "size", "pieces"), [("grpo_rm", 4, 1), ("finetune", 2, 2)])
-def test_processes_and_accumulation_change_nothing(method, size, pieces, tmp_path):
-    common = ("--method", method, "--ratio-floor", "0")
+@pytest.mark.parametrize(("size", "pieces", "flags"), [(4, 1, ()), (2, 1, ("--group-size", "4")), (2, 2, ("--method", "finetune"))])
+def test_processes_and_accumulation_change_nothing(size, pieces, flags, tmp_path):
+    common = ("--ratio-floor", "0", *flags)
     train_in_double(str(tmp_path / "one"), CPU, *common)
     train_in_double(str(tmp_path / "pieces"), CPU, *common, "--grad-accum", "5")
     start = (size, free_port(), str(tmp_path / "processes"), *common, "--grad-accum", str(pieces))
@@ -128,10 +128,10 @@ def test_the_old_policy_does_not_run_right_after_a_refresh(extra, tmp_path, monk
     original, steps, forwards = grpo_rm.training_step, [], []
 
     def spy(model, old_policy, *rest):
-        *rest, fresh, groups = rest
+        *rest, fresh, order = rest
         steps.append(fresh)
         counting = old_policy.register_forward_hook(lambda *_: forwards.append(fresh))
-        sums = original(model, old_policy, *rest, False, groups)
+        sums = original(model, old_policy, *rest, False, order)
         counting.remove()
         return sums
 
@@ -162,10 +162,10 @@ def test_compiled_policies_share_their_code(tmp_path, monkeypatch):
     compile_, original, same = torch.nn.Module.compile, grpo_rm.training_step, []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_(self, backend="aot_eager", **options))
 
-    def spy(model, old_policy, optimizer, scaler, images, targets, args, world, fresh, groups):
+    def spy(model, old_policy, optimizer, scaler, images, targets, args, world, fresh, order):
         if fresh:
             same.append(torch.equal(old_policy(images), model(images)))
-        return original(model, old_policy, optimizer, scaler, images, targets, args, world, fresh, groups)
+        return original(model, old_policy, optimizer, scaler, images, targets, args, world, fresh, order)
 
     run(tmp_path / "plain", "--epochs", "2")
     monkeypatch.setattr(grpo_rm, "training_step", spy)
