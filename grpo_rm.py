@@ -724,21 +724,11 @@ def training_step(model, old_policy, optimizer, scaler, images, targets, args, w
     return sums | meter.sums | {"grad_norm": norm.double() * meter.sums["samples"]}
 
 
-def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args: argparse.Namespace, world: World) -> None:
-    """Algorithm 1, and with args.method "finetune" the baseline: the same network, batches and schedule without an old
-    policy.
-
-    `loader` is a TrainLoader: `loader.epoch(e, start)` yields this rank's (images, targets), len(loader) is the number of
-    steps in an epoch, loader.samples.unreadable names the files that were passed over. `validate()` gives numbers for the epoch's log line. Leaves config.json, log.jsonl, checkpoint.pt, backbone.pth and
-    head.pth in args.output_dir; with args.resume it goes on from the checkpoint there. Raises InputError, Diverged and Stopped.
-    """
-    num_outputs = policy.head.layers[-1].out_features
-    if args.group_size and not 2 <= args.group_size <= num_outputs:
-        raise InputError(f"--group-size {args.group_size} must be at least 2 and at most the number of classes, {num_outputs}")
-    steps_per_epoch = len(loader)
-    total_steps = args.epochs * steps_per_epoch
-    last_step = min(total_steps, args.max_steps or total_steps)
-    args.compile = args.compile == "on" or (args.compile == "auto" and world.device.type == "cuda" and last_step >= COMPILE_STEPS)
+def prepare(policy: Policy, args: argparse.Namespace, world: World):
+    """What training needs beside the policy: the old policy (None for fine-tuning), the model whose gradients are those of all
+    processes, the optimizer, and the scaler of fp16's losses."""
+    if world.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if args.recompute_activations:
         recompute_activations(policy.backbone)
     old_policy = None
@@ -749,16 +739,32 @@ def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args
     for network in (policy, old_policy) if args.compile else ():
         if network is not None:
             network.compile(dynamic=False)  # in place: no name in a state dict changes; a size always has the same code
-    if world.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     warnings.filterwarnings("ignore", message="Grad strides do not match")  # DDP, of tokens of shape (1, 1, D): harmless
     gpus = [world.device] if world.device.type == "cuda" else None
     model = DistributedDataParallel(policy, device_ids=gpus) if world.size > 1 else policy
     backbone = [parameter for parameter in policy.backbone.parameters() if parameter.requires_grad]
     groups = [{"params": backbone, "factor": 1.0}, {"params": list(policy.head.parameters()), "factor": args.head_lr_factor}]
     optimizer = torch.optim.Adam(groups, lr=args.lr, weight_decay=0.0, fused=True)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")
+    return old_policy, model, optimizer, torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")
 
+
+def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args: argparse.Namespace, world: World) -> None:
+    """Algorithm 1, and with args.method "finetune" the baseline: the same network, batches and schedule without an old
+    policy.
+
+    `loader` is a TrainLoader: `loader.epoch(e, start)` yields this rank's (images, targets), len(loader) is the number of
+    steps in an epoch, loader.samples.unreadable names the files that were passed over. `validate()` gives numbers for the
+    epoch's log line. Leaves config.json, log.jsonl, checkpoint.pt, backbone.pth and head.pth in args.output_dir; with
+    args.resume it goes on from the checkpoint there. Raises InputError, Diverged and Stopped.
+    """
+    num_outputs = policy.head.layers[-1].out_features
+    if args.group_size and not 2 <= args.group_size <= num_outputs:
+        raise InputError(f"--group-size {args.group_size} must be at least 2 and at most the number of classes, {num_outputs}")
+    steps_per_epoch = len(loader)
+    total_steps = args.epochs * steps_per_epoch
+    last_step = min(total_steps, args.max_steps or total_steps)
+    args.compile = args.compile == "on" or (args.compile == "auto" and world.device.type == "cuda" and last_step >= COMPILE_STEPS)
+    old_policy, model, optimizer, scaler = prepare(policy, args, world)
     refresh_every = args.old_policy_every or steps_per_epoch
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
     with Run(args, world, loader, policy=policy, old_policy=old_policy, optimizer=optimizer, scaler=scaler) as run:
