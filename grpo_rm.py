@@ -736,6 +736,8 @@ def prepare(policy: Policy, args: argparse.Namespace, world: World):
         old_policy = copy.deepcopy(policy)  # allocated once, outside DDP, never given gradients
         if not args.compile:  # with gradients other code is compiled, which rounds differently: both policies need the same
             old_policy.requires_grad_(False)
+        if args.old_policy_dtype == "bf16":
+            old_policy.backbone.bfloat16()
     for network in (policy, old_policy) if args.compile else ():
         if network is not None:
             network.compile(dynamic=False)  # in place: no name in a state dict changes; a size always has the same code
@@ -908,6 +910,7 @@ def add_training_arguments(parser: ArgumentParser, *, lr: float, lr_end: float, 
     group.add_argument("--accuracy-weight", type=number(0), default=1.0, help="w_acc of Eq. (6); the paper's is 1")
     group.add_argument("--uniformity-weight", type=number(0), default=1.0, help="w_uni of Eq. (6); the paper's is 1")
     group.add_argument("--group-weighting", choices=["uniform", "policy"], default="uniform", help="weight of each output in Eq. (1): uniform (1/c, the paper's) or the old policy's probability")
+    group.add_argument("--old-policy-dtype", choices=["float32", "bf16"], default="float32", help="bf16 halves the memory of the old policy's backbone, for a noise of the order of a percent in rho; needs --amp bf16")
     group.add_argument("--group-size", type=number(2, kind=int), metavar="K", help="let the group be the target and K - 1 other outputs at random; default: all, as in the paper")
     group.add_argument("--ratio-floor", type=number(0), default=0.1, help="F in rho = p / (q + F/c); 0 is Eq. (1) to the letter, which can blow up at high learning rates")
     group.add_argument("--old-policy-every", type=number(1, kind=int), metavar="STEPS", help="refresh the old policy every so many steps; default: an epoch (the paper's). Few steps lift the clip's protection: 1 destroys a pre-trained backbone")
@@ -956,6 +959,8 @@ def resolve_training_arguments(args: argparse.Namespace, world: World, *, lr: fl
     if args.method == "grpo_rm" and args.accuracy_weight == 0 and (args.uniformity == "none" or args.uniformity_weight == 0):
         raise InputError("--accuracy-weight 0 with no uniformity reward leaves nothing to learn; give one of them a weight")
     protocol = resolve_model_arguments(args, world)
+    if args.old_policy_dtype == "bf16" and args.amp != "bf16":
+        raise InputError(f"--old-policy-dtype bf16 goes with --amp bf16, not with {args.amp}; change one of them")
     args.hidden_dim = args.hidden_dim or protocol.hidden_dim
     args.output_dir = args.output_dir or f"runs/{args.dataset}/{args.method}/seed{args.seed}"
     return protocol

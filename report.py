@@ -135,7 +135,7 @@ MEASURED = {"top1", "pixel_acc", "iou", "miou", "per_class_iou"}
 NAMED = {"dataset", "method", "seed", "fit_seed", "frozen", "features", "save_images", "train_fraction", "uniformity"}
 # Settings of GRPO-RM's objective, which fine-tuning does not have: its runs are compared whatever these are.
 OBJECTIVE = set(
-    "clip_eps uniformity accuracy_weight uniformity_weight group_weighting group_size ratio_floor old_policy_every background_penalty".split()
+    "clip_eps uniformity accuracy_weight uniformity_weight group_weighting group_size ratio_floor old_policy_every old_policy_dtype background_penalty".split()
 )
 
 

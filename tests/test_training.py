@@ -431,3 +431,26 @@ def test_recomputed_activations_change_nothing_but_memory(tmp_path):
         run(tmp_path / name, "--epochs", "2", *flags)  # the old policy is a copy, and has blocks of its own
     one, other = (torch.load(tmp_path / name / "backbone.pth", weights_only=True) for name in ("kept", "recomputed"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_the_old_policy_can_be_kept_in_bf16(tmp_path, monkeypatch, capsys):
+    original, dtypes, apart = grpo_rm.training_step, [], []
+
+    def spy(model, old_policy, optimizer, scaler, images, *rest):
+        dtypes.append({parameter.dtype for parameter in old_policy.backbone.parameters()} | {next(old_policy.head.parameters()).dtype})
+        sums = original(model, old_policy, optimizer, scaler, images, *rest)
+        apart.append((sums["mean_ratio"] / sums["samples"] - 1).abs().item())
+        return sums
+
+    monkeypatch.setattr(grpo_rm, "training_step", spy)
+    flags = ["--amp", "bf16", "--old-policy-dtype", "bf16", "--ratio-floor", "0", "--lr", "1e-6", "--epochs", "2"]
+    run(tmp_path / "whole", *flags)
+    assert dtypes == [{torch.bfloat16, torch.float32}] * 6
+    assert apart[0] == apart[3] == 0 and 0 < max(apart) < 0.02  # right after a refresh its logits are the policy's own
+    run(tmp_path / "parts", *flags, "--max-steps", "2")
+    run(tmp_path / "parts", *flags, "--resume")
+    whole, parts = (torch.load(tmp_path / name / "backbone.pth", weights_only=True) for name in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    capsys.readouterr()
+    error = stderr_of(capsys, train_cls.main, *TINY, "--batch-size", "50", "--old-policy-dtype", "bf16", "--output-dir", tmp_path / "none")
+    assert "--old-policy-dtype bf16 goes with --amp bf16, not with off" in error
