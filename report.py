@@ -654,6 +654,7 @@ def draw_lines(axis, runs: list[Run], key: str, style: dict) -> None:
         axis.plot(line.keys(), line.values(), linewidth=0.7, alpha=0.4, color=style["color"])
     epochs = sorted(set.intersection(*map(set, furthest)))
     means = [statistics.mean(line[epoch] for line in furthest) for epoch in epochs]
+    style = style | ({"marker": style["marker"] or "o"} if len(epochs) == 1 else {})  # a line through one point shows nothing
     axis.plot(epochs, means, linewidth=2, markersize=5, markevery=max(1, len(epochs) // 8), **style)
 
 

@@ -27,9 +27,9 @@ if (($# == 0)); then # the demo: small batches and their learning rate, so that 
     OUT=${OUT:-runs/demo}
     NPROC=${NPROC:-1}
     MODEL_ARGS=${MODEL_ARGS:---limit-train 2000}
-    TRAIN_ARGS=${TRAIN_ARGS:---batch-size 64 --lr 1e-3 --eval-every 8}
+    TRAIN_ARGS=${TRAIN_ARGS:---batch-size 64 --lr 1e-3 --eval-every 4}
     SEG_MODEL_ARGS=${SEG_MODEL_ARGS:---limit-train 400 --limit-val 80 --map-size 56}
-    SEG_TRAIN_ARGS=${SEG_TRAIN_ARGS:---batch-size 32 --epochs ${EPOCHS:-8}}
+    SEG_TRAIN_ARGS=${SEG_TRAIN_ARGS:---batch-size 32 --epochs ${EPOCHS:-8} --eval-every 2}
     SEG_EVAL_ARGS=${SEG_EVAL_ARGS:---batch-size 32 --epochs 10 --lr 3e-3}
     EPOCHS=${EPOCHS:-16}
 fi
