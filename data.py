@@ -519,7 +519,7 @@ def _ade20k_splits(root: Path, download: bool) -> tuple[SceneSplit, SceneSplit]:
     info = home / "objectInfo150.txt"
     lines = info.read_text(errors="replace").splitlines() if info.is_file() else []
     classes = [line.split("\t")[-1].split(",")[0].strip() for line in lines[1:]]
-    if len(classes) != 150:
+    if len(set(classes)) != 150:
         classes = [f"class {i}" for i in range(1, 151)]
     folders = [(home / "images" / part, home / "annotations" / part) for part in ("training", "validation")]
     hint = "ADE20k's are 0 (void) and 1 to 150; use the annotations of ADEChallengeData2016.zip"
