@@ -792,11 +792,6 @@ def _write_rows(path: Path, parts: list[np.ndarray]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def keeps(input_mode: str, total_bytes: int) -> bool:
-    """Whether decoded samples are kept on the device: "resident", "stream", or by their size ("auto")."""
-    return total_bytes <= RESIDENT_BYTES if input_mode == "auto" else input_mode == "resident"
-
-
 class Samples:
     """The decoded samples of a split: for every list of them `fetch` yields their parts, each stacked to (B, ...) on the
     device, or where sizes differ a list of B tensors on the CPU.
@@ -813,10 +808,10 @@ class Samples:
         if count and resident:
             disable = None if world.rank == 0 else True
             stores = self._through_cache(cache, disable) if cache else self._decode_all(disable)
-            self.resident = [store.to(self.device) if isinstance(store, torch.Tensor) else store for store in stores]
+            self.resident = [store.to(self.device) for store in stores]
             self._check_share()
 
-    def _through_cache(self, cache: Path, disable: bool | None) -> list[torch.Tensor | list[torch.Tensor]]:
+    def _through_cache(self, cache: Path, disable: bool | None) -> list[torch.Tensor]:
         """What _decode_all gives, from the file `cache` where there is one; else it is written. Of several processes one
         decodes, the others wait for its file. A row of it holds the bytes of a sample's parts, one after the other."""
         try:
@@ -840,23 +835,19 @@ class Samples:
                 _write_rows(cache, [store.reshape(self.count, -1).view(torch.uint8).numpy() for store in stores])
             return stores
 
-    def _decode_all(self, disable: bool | None) -> list[torch.Tensor | list[torch.Tensor]]:
-        first, _ = self._decode(0)
-        stores = [torch.empty(self.count, *part.shape, dtype=part.dtype) for part in first]
-        ragged: dict[int, list] = {}  # parts whose sizes differ; found out at the first that does
+    def _decode_all(self, disable: bool | None) -> list[torch.Tensor]:
+        """Every part of all samples, stacked: their sizes must be equal."""
+        stores = [torch.empty(self.count, *part.shape, dtype=part.dtype) for part in self._decode(0)[0]]
 
-        def load(i: int) -> tuple[int, tuple[torch.Tensor, ...]]:
+        def load(i: int) -> None:
             parts, unreadable = self._decode(i)
             self.unreadable.update(unreadable)
-            return i, parts
+            for store, part in zip(stores, parts, strict=True):
+                store[i] = part
 
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
-            for i, parts in tqdm(pool.map(load, range(self.count)), "decode", self.count, disable=disable, leave=False, unit=" images"):
-                for p, part in enumerate(parts):
-                    if p not in ragged and part.shape != stores[p].shape[1:]:
-                        ragged[p] = [*stores[p][:i].clone(), *[None] * (self.count - i)]
-                    (ragged.get(p) or stores[p])[i] = part
-        return [ragged.get(p) or store for p, store in enumerate(stores)]
+            list(tqdm(pool.map(load, range(self.count)), "decode", self.count, disable=disable, leave=False, unit=" images"))
+        return stores
 
     def _decode(self, index: int, key: tuple[int, ...] = ()) -> tuple[tuple[torch.Tensor, ...], dict[int, str]]:
         """The parts of sample `index`, or of the next one that can be read, and why those before it could not."""
@@ -878,7 +869,7 @@ class Samples:
         """The parts of the samples of each batch (indices); `key` is for what is drawn at random in decoding."""
         if self.resident is not None:
             for indices in batches:
-                yield tuple(part[indices.to(part.device)] if isinstance(part, torch.Tensor) else [part[i] for i in indices] for part in self.resident)
+                yield tuple(part[indices.to(part.device)] for part in self.resident)
             return
 
         def load(indices: list[int]) -> tuple | InputError:
@@ -973,7 +964,8 @@ class TrainLoader:
         else:
             decode, recipe = decode_labelled(split, side, resized_crop=resized_crop), f"labelled {side} {split.targets.tolist()}"
             sample_bytes = 3 * side**2
-        resident = not resized_crop and keeps(input_mode, len(split) * sample_bytes)
+        fits = len(split) * sample_bytes <= RESIDENT_BYTES
+        resident = not resized_crop and (input_mode == "resident" or (input_mode == "auto" and fits))
         cache = decoded_cache(split, recipe, cache_dir) if resident else None
         self.samples = Samples(len(split), decode, world, workers, resident=resident, cache=cache, skip_unreadable=skip_unreadable)
 
@@ -1044,8 +1036,8 @@ class EvalLoader:
 class SceneLoader:
     """Scenes without augmentation, in whatever batches are asked for: `for *images, masks in loader.fetch(batches)` gives
     images (B, 3, S, S) float32 for each side S of `sides`, and masks uint8 with VOID: (B, map_size, map_size), or without a
-    map_size as the files have them, a list of (H, W) on the CPU where their sizes differ. With `stream` nothing is kept:
-    for one pass."""
+    map_size as the files have them, a list of (H, W) on the CPU where their sizes differ. Those are never kept, nor is
+    anything with `stream`: for one pass."""
 
     def __init__(
         self,
@@ -1058,8 +1050,9 @@ class SceneLoader:
         stream: bool = False,
     ):
         self.sides = sides
-        sample_bytes = sum(3 * side**2 for side in sides) + (map_size or max(sides)) ** 2
-        resident = not stream and len(split) * sample_bytes <= RESIDENT_BYTES
+        resident = False
+        if map_size and not stream:
+            resident = len(split) * (sum(3 * side**2 for side in sides) + map_size**2) <= RESIDENT_BYTES
         self.samples = Samples(len(split), decode_scene(split, sides, map_size), world, workers, resident=resident)
 
     def fetch(self, batches: list[torch.Tensor]) -> Iterator[tuple]:

@@ -32,7 +32,6 @@ from tqdm import tqdm, trange
 from checkpoint import result_path, write_atomically
 from data import (
     HEAD,
-    IGNORE,
     VOID,
     ArgumentParser,
     InputError,
@@ -212,8 +211,7 @@ def upsampled_cross_entropy(logits: torch.Tensor, masks: torch.Tensor) -> None:
     leaf = logits.detach().requires_grad_()
     for part, mask in zip(leaf.split(PIECE), masks.split(PIECE), strict=True):
         maps = F.interpolate(part, size=mask.shape[1:], mode="bilinear")
-        targets = mask.long().masked_fill_(mask == VOID, IGNORE)
-        (F.cross_entropy(maps, targets, ignore_index=IGNORE, reduction="sum") / count).backward()
+        (F.cross_entropy(maps, mask.long(), ignore_index=VOID, reduction="sum") / count).backward()
     logits.backward(leaf.grad)
 
 

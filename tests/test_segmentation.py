@@ -309,8 +309,8 @@ def test_global_batches_of_scenes_depend_on_the_seed_alone(augment, monkeypatch)
 
 def test_native_masks_keep_their_sizes(scene_folder):
     split, _ = load_splits("folder", str(scene_folder))
-    for stream in (False, True):
-        loader = SceneLoader(split, [28, 42], None, CPU, 1, stream=stream)
+    for workers in (0, 1):
+        loader = SceneLoader(split, [28, 42], None, CPU, workers)
         seen = list(loader.fetch([torch.tensor([3, 0]), torch.tensor([5])]))
         for indices, (small, large, masks) in zip([[3, 0], [5]], seen, strict=True):
             assert small.shape == (len(indices), 3, 28, 28) and large.shape == (len(indices), 3, 42, 42)
