@@ -232,6 +232,23 @@ def test_missing_sets_name_their_archive(name, message, tmp_path):
         load_splits(name, str(tmp_path))
 
 
+def test_downloads_ask_the_publishers_once(voc, ade20k, coco, tmp_path, monkeypatch):
+    """What is missing is fetched from its source with its MD5 sum; what is there is left alone."""
+    asked = []
+    monkeypatch.setattr(data, "download_and_extract_archive", lambda url, root, md5: asked.append((url, root, md5)))
+    monkeypatch.setattr("torchvision.datasets.voc.download_and_extract_archive", lambda url, *rest, **options: asked.append((url, options["md5"])))
+    for name in ("voc2012", "ade20k", "coco_stuff"):
+        load_splits(name, str(tmp_path), download=True)
+    assert not asked
+    for gone in ("VOCdevkit", "ADEChallengeData2016", "train2017", "val2017"):
+        (tmp_path / gone).rename(tmp_path / f"{gone}_gone")
+    for name in ("voc2012", "ade20k", "coco_stuff"):
+        with pytest.raises(InputError, match=name):  # nothing came
+            load_splits(name, str(tmp_path), download=True)
+    assert [call[0].rpartition("/")[2] for call in asked] == ["VOCtrainval_11-May-2012.tar", "ADEChallengeData2016.zip", "train2017.zip"]
+    assert [call[-1] for call in asked] == ["6cd6e144f989b92b3379bac3b3de84fd", "7328b3957e407ddae1d3cbf487f149ef", "cced6f7f71b7629ddf16f17bbcfab6b2"]
+
+
 def test_a_half_unpacked_voc_is_refused(voc):
     (voc / "VOCdevkit" / "VOC2012" / "SegmentationClass" / "2007_000042.png").unlink()
     with pytest.raises(InputError, match=r"2007_000042\.png is missing"):
