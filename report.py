@@ -344,13 +344,19 @@ def label(group: Group, others: list[Group], root: Path) -> str:
 
 @dataclass
 class Table:
-    """name: of its CSV file; notes: lines of Markdown below it."""
+    """name: of its CSV file; notes: lines of Markdown below it. Where the paper has nothing in any row, its columns
+    and those of the difference are left out."""
 
     name: str
     title: str
     header: list[str]
     rows: list[list[str]]
     notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        unknown = {name for i, name in enumerate(self.header) if name.endswith("paper") and all(row[i] == "-" for row in self.rows)}
+        empty = {i for i, name in enumerate(self.header) if name.replace(" diff", " paper") in unknown}
+        self.header, *self.rows = [[cell for i, cell in enumerate(line) if i not in empty] for line in (self.header, *self.rows)]
 
     def markdown(self) -> str:
         lines = [self.header, ["---"] * len(self.header), *self.rows]
@@ -610,7 +616,7 @@ POLICY = {
 }
 # A method has a dash pattern, its variants a shade and a marker each, so that lines can be told apart in grey too.
 DASHES = {"finetune": "--", "grpo_rm": "-"}
-SHADES = {"finetune": ["#d98200", "#f2b950", "#8c5a00"], "grpo_rm": ["#08306b", "#4a90c2", "#2a6e4f"]}
+SHADES = {"finetune": ["#d98200", "#f2b950", "#8c5a00"], "grpo_rm": ["#08306b", "#4a90c2", "#2a6e4f", "#a03a8c", "#c2452d"]}
 MARKERS = ["", "o", "^", "s", "D", "v", "x"]
 
 
@@ -634,6 +640,13 @@ def grid(count: int, columns: int):
     for axis in axes.flat[count:]:
         axis.remove()
     return figure, axes.flat[:count]
+
+
+def draw_legend(figure, handles: list) -> None:
+    """A legend below the panels, in as many columns as their labels leave room for."""
+    longest = max(len(handle.get_label()) for handle in handles)
+    columns = int(figure.get_figwidth() / (0.6 + 0.08 * longest))  # inches: the handle, and a letter
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(max(columns, 1), 4, len(handles)), frameon=False, handlelength=3)
 
 
 def save_figure(figure, title: str, path: Path) -> Path:
@@ -687,8 +700,12 @@ def draw_curves(groups: list[Group], panels: dict, title: str, path: Path) -> Pa
         for group in members:
             draw_lines(axis, group.runs, key, styles[group.name])
             drawn.add(group.name)
+        sizes = [abs(value) for group in members for run in group.runs for value in epoch_values(run, key).values()]
+        typical = statistics.median(sizes)
+        if scale == "linear" and max(sizes) > 100 * typical > 0:  # one run that blew up would flatten the others
+            axis.set_yscale("symlog", linthresh=typical, linscale=2)
     handles = [plt.Line2D([], [], linewidth=2, label=name, **style) for name, style in styles.items() if name in drawn]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, handlelength=3)
+    draw_legend(figure, handles)
     return save_figure(figure, title, path)
 
 

@@ -291,6 +291,17 @@ def test_csv_equals_markdown(tmp_path, capsys):
     assert len(list((tmp_path / "csv").iterdir())) == 5
 
 
+def test_the_papers_columns_stand_where_the_paper_has_something(tmp_path):
+    fake_run(tmp_path / "own", "shapes", "grpo_rm", 0, 50.0, 40.0)
+    (row,) = tables(tmp_path / "own")["table3"]
+    assert row == {"dataset": "shapes", "method": "GRPO-RM", "seeds": "0", "SR": "50.00", "k-NN": "40.00"}
+    fake_run(tmp_path / "both", "shapes", "grpo_rm", 0, 50.0, 40.0)
+    fake_run(tmp_path / "both", "cifar10", "grpo_rm", 0, 50.0, 40.0)
+    rows = tables(tmp_path / "both")["table3"]
+    assert row_of(rows, dataset="shapes")["SR paper"] == "-"
+    assert row_of(rows, dataset="CIFAR-10", method="GRPO-RM")["SR paper"] == "95.78 ± 0.26"
+
+
 def test_runs_in_progress_and_cut_off_logs(tmp_path, capsys):
     fake_run(tmp_path, "cifar10", "grpo_rm", 0, 50.0, 40.0, epochs=[{"loss": 1.0}])
     going = fake_run(tmp_path, "cifar10", "grpo_rm", 1, epochs=[{"loss": 1.0}, {"loss": 0.5}])
@@ -368,6 +379,31 @@ def test_figures(tmp_path):
     names = ["voc2012_curves", "voc2012_policy", "shapes_curves", "shapes_policy", "ablation"]
     assert [path.name for path in written] == [f"{name}.png" for name in names]
     assert all(path.stat().st_size > 10_000 for path in written)
+
+
+def test_long_names_fit_into_the_legend(tmp_path, monkeypatch):
+    widths = []
+
+    def measure(figure, title, path):
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        widths.append(legend.get_window_extent().width / figure.bbox.width)
+
+    monkeypatch.setattr(report, "save_figure", measure)
+    for i, floor in enumerate((0.0, 0.1, 1.0)):
+        config = {"ratio_floor": floor, "group_weighting": "uniform" if i else "policy", "lr": 10.0**-i}
+        fake_run(tmp_path, "cifar10", "grpo_rm", 0, name=f"run{i}", epochs=[{"kl": 0.1, "clip_fraction": 0.5, "max_ratio": 2.0}] * 3, **config)
+    report.draw_figures(report.group_runs(report.find_runs(tmp_path), tmp_path), tmp_path / "figures")
+    assert len(widths) == 1 and 0.3 < widths[0] < 1
+
+
+def test_a_run_that_blew_up_does_not_flatten_the_others(tmp_path, monkeypatch):
+    scales = {}
+    monkeypatch.setattr(report, "save_figure", lambda figure, title, path: scales.update({a.get_title(): a.get_yscale() for a in figure.axes}))
+    fake_run(tmp_path, "cifar10", "grpo_rm", 0, epochs=[{"loss": -0.02, "kl": 0.1}, {"loss": -0.03, "kl": 0.2}])
+    fake_run(tmp_path, "cifar10", "grpo_rm", 0, name="blown_up", epochs=[{"loss": -0.02, "kl": 0.1}, {"loss": 2e4, "kl": 0.4}], ratio_floor=0.0)
+    report.draw_figures(report.group_runs(report.find_runs(tmp_path), tmp_path), tmp_path / "figures")
+    assert scales == {"loss of GRPO-RM": "symlog", "KL(old policy || policy), nats": "linear"}
 
 
 # ------------------------------------------------------------------------------------------------------------------
