@@ -37,6 +37,7 @@ from grpo_rm import (
     grpo_rm_loss,
     init_world,
     load_backbone,
+    prepare,
     resolve_model_arguments,
     training_step,
 )
@@ -174,21 +175,17 @@ def measure_steps(setting: Setting, args, world: World) -> dict:
     for method in ("finetune", "grpo_rm"):
         options = train_cls.parse_args(["--method", method])
         options.amp, options.background_penalty = args.amp, 0.5 if setting.segmentation else 0.0
+        options.compile, options.lr = args.compile, 1e-6
         before = torch.cuda.memory_allocated() if world.device.type == "cuda" else 0
         policy = copy.deepcopy(fresh_policy).to(world.device)
-        old_policy = copy.deepcopy(policy).requires_grad_(args.compile) if method == "grpo_rm" else None
-        optimizer = torch.optim.Adam(policy.parameters(), lr=1e-6, fused=True)
-        scaler = torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")
+        old_policy, model, optimizer, scaler = prepare(policy, options, world)
 
-        def step(policy=policy, old_policy=old_policy, optimizer=optimizer, scaler=scaler, options=options) -> None:
-            training_step(policy, old_policy, optimizer, scaler, images, targets, options, world)
+        def step(model=model, old_policy=old_policy, optimizer=optimizer, scaler=scaler, options=options) -> None:
+            training_step(model, old_policy, optimizer, scaler, images, targets, options, world)
 
-        with FlopCounterMode(display=False) as counter:
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             step()
         flops[method], steps[method] = counter.get_total_flops(), step
-        if args.compile:  # as in training, where both policies share their code
-            for network in filter(None, (policy, old_policy)):
-                network.compile(dynamic=False)
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             step()

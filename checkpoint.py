@@ -38,12 +38,19 @@ def check_writable(path: Path) -> None:
         raise InputError(f"cannot write {path}: {parent} is no directory that can be written to; choose another")
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, where they are missing. Raises InputError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({first_line(error)}); choose another directory") from error
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in its place: a reader sees the old file or the
-    whole new one, whenever the process dies. Raises InputError where the directory cannot be written."""
+    whole new one, whenever the process dies. Raises InputError where the directory cannot be written or is not there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         sync(temporary)
         os.replace(temporary, path)
@@ -71,8 +78,9 @@ def to_json(values: dict) -> str:
 
 
 def write_json(path: Path, values: dict) -> None:
-    """Write `values` to `path`, indented, atomically."""
+    """Write `values` to `path`, indented, atomically; its directory is made where it is missing."""
     text = json.dumps(json.loads(to_json(values)), indent=2) + "\n"
+    make_directory(path.parent)
     write_atomically(path, lambda file: file.write_text(text))
 
 
@@ -126,9 +134,10 @@ def config_beside(weights: str | None) -> dict:
     if path is None or not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} is damaged ({first_line(error)}); restore or remove it") from error
+    return config if isinstance(config, dict) and "method" in config else {}  # others' weights have a config.json too
 
 
 def result_path(args: argparse.Namespace, name: str) -> Path:
@@ -161,14 +170,14 @@ def environment(world) -> dict:
 
 
 def random_state() -> list[torch.Tensor]:
-    """The state of torch's generators: the CPU's and, where there is one, this process's GPU's."""
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+    """The state of torch's generators: the CPU's and, where one is used, this process's GPU's."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
 
 
 def set_random_state(states: list[torch.Tensor]) -> None:
     """The opposite of `random_state`."""
     torch.set_rng_state(states[0])
-    if len(states) > 1 and torch.cuda.is_available():
+    if len(states) > 1 and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(states[1])
 
 
@@ -214,7 +223,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, world, loader, **parts):
         self.args, self.world, self.steps_per_epoch, self.parts = args, world, len(loader), parts
-        self.unreadable, self.unreadable_logged = loader.samples.unreadable, set()
+        self.samples, self.unreadable_logged = loader.samples, set()
         self.directory = Path(args.output_dir)
         self.newest, self.previous = (self.directory / name for name in ("checkpoint.pt", "checkpoint_previous.pt"))
         self.window, self.epoch_sums, self.lr = Meter(), {}, args.lr  # since the last log line; since the epoch began
@@ -243,6 +252,8 @@ class Run:
         drop the log's lines from after that checkpoint, which will come again. Returns the step to go on from. Raises InputError."""
         if not self.args.resume and (self.newest.exists() or self.previous.exists()):
             raise InputError(f"--output-dir {self.directory} already holds a run; add --resume to go on with it, or choose another")
+        if (self.directory / "backbone.pth").exists() and not (self.newest.exists() or self.previous.exists()):
+            raise InputError(f"--output-dir {self.directory} holds a finished run without its checkpoints; choose another")
         check_writable(self.newest)
         state = self._newest_state() if self.args.resume else None
         step = self._restore(state) if state else 0
@@ -252,6 +263,8 @@ class Run:
             if steps.sum() != 0:
                 raise InputError(f"--resume: the processes find different checkpoints in {self.directory}; all nodes must see one directory")
         if self.world.rank == 0:
+            for left_over in self.directory.glob(".*.tmp"):  # of a process that was killed while it wrote
+                left_over.unlink()
             write_json(self.directory / "config.json", vars(self.args) | environment(self.world))
             kept = read_log(self.directory / "log.jsonl")[: self.log_lines]
             self.unreadable_logged = {event["reason"] for event in kept if event["event"] == "unreadable"}
@@ -264,6 +277,7 @@ class Run:
         for path in (self.newest, self.previous):
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
+                before = {name: state["args"].get(name) for name in vars(self.args)}
             except FileNotFoundError:
                 continue
             except Exception as error:  # a damaged file makes torch.load raise almost anything
@@ -271,10 +285,10 @@ class Run:
                 self.say(f"warning: {path} does not load ({first_line(error)}); looking for the one before it")
                 continue
             for name, value in vars(self.args).items():
-                before = state["args"].get(name)
-                if name not in NEUTRAL and value != before:
+                same_data = name == "data_root" and self.args.dataset == "folder"  # there the directory is what names the data
+                if (name not in NEUTRAL or same_data) and value != before[name]:
                     flag = "--" + name.replace("_", "-")
-                    raise InputError(f"--resume: {flag} is {value}, but {before} in {self.directory}; give the same or another --output-dir")
+                    raise InputError(f"--resume: {flag} is {value}, but {before[name]} in {self.directory}; give the same or another --output-dir")
             return state
         if broken:
             raise InputError(f"--resume: {broken} does not load and there is no other; remove it to start from the beginning")
@@ -285,19 +299,20 @@ class Run:
             for name, part in self.parts.items():
                 if part is not None:
                     part.load_state_dict(state[name])
+            step, ranks = state["step"], state["ranks"]
+            self.epoch_sums, self.lr, self.log_lines = state["epoch_sums"], state["lr"], state["log_lines"]
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = f"the checkpoint in {self.directory} is not of this network ({first_line(error)})"
             raise InputError(f"--resume: {reason}; have the classes or the backbone changed?") from error
-        self.epoch_sums, self.lr, self.log_lines = state["epoch_sums"], state["lr"], state["log_lines"]
-        if len(state["ranks"]) == self.world.size:
-            mine = state["ranks"][self.world.rank]
+        if len(ranks) == self.world.size:
+            mine = ranks[self.world.rank]
             self.window.sums = {name: value.to(self.world.device) for name, value in mine["window"].items()}
             self.window_started = time.monotonic() - mine["seconds"]
             set_random_state(mine["random"])
         else:
-            self.say(f"warning: the run had {len(state['ranks'])} processes, not {self.world.size}: it will not go on to the last bit")
-        self.say(f"resuming {self.directory} at step {state['step']}")
-        return state["step"]
+            self.say(f"warning: the run had {len(ranks)} processes, not {self.world.size}: it will not go on to the last bit")
+        self.say(f"resuming {self.directory} at step {step}")
+        return step
 
     def open_epoch(self, step: int) -> int:
         """The epoch to go on with after `step`: the one that `step` ended, if its end has not been seen to."""
@@ -353,31 +368,35 @@ class Run:
         """Raise Diverged, on all ranks, when a loss or a gradient was not finite. training_step has changed no weight
         since then."""
         bad = {name: int(step) for name, step in self.first_bad.items()}
+        bad["here"] = bool(getattr(self.parts.get("optimizer"), "bad_here", self.world.size == 1))
         found = [bad]
         if self.control:
             found = [None] * self.world.size
             dist.all_gather_object(found, bad, group=self.control)
-        for name in ("loss", "grad_norm"):
+        hint = "no weight was changed by it, the last checkpoint is good; try a lower --lr, --warmup-epochs or --max-grad-norm"
+        for name, what in (("loss", "the loss"), ("grad_norm", "the gradient")):
             places = [(steps[name], rank) for rank, steps in enumerate(found) if steps.get(name)]
             if places:
-                what = "the loss" if name == "loss" else "the gradient"
                 step, rank = min(places)
-                where = f"step {step}" + (f" on rank {rank}" if name == "loss" else "")
-                hint = "try a lower --lr, --warmup-epochs or --max-grad-norm"
-                raise Diverged(f"{what} is not finite at {where}; no weight was changed by it, the last checkpoint is good; {hint}")
+                if name == "grad_norm":  # the sum over the ranks, which all of them have
+                    rank = next((rank for rank, steps in enumerate(found) if steps["here"]), "all, summed")
+                raise Diverged(f"{what} is not finite at step {step} on rank {rank}; {hint}")
+        if self.args.amp == "fp16" and self.parts["scaler"].get_scale() < 1:
+            raise Diverged(f"the gradient is not finite however small the loss is scaled (--amp fp16); {hint}, or --amp bf16")
 
     def _log_unreadable(self, step: int) -> None:
-        """Write a line for every file that some rank could not read and that has no line yet."""
-        reasons = list(self.unreadable.values())
+        """Write a line for every file that some rank could not read and that has no line yet. Raises InputError, on all
+        ranks, when they are too many."""
+        reasons = self.unreadable_logged | set(self.samples.unreadable.values())
         if self.control:
             found: list = [None] * self.world.size
             dist.all_gather_object(found, reasons, group=self.control)
-            reasons = sorted({reason for part in found for reason in part})
-        for reason in reasons:
-            if reason not in self.unreadable_logged:
-                self.unreadable_logged.add(reason)
-                self.log("unreadable", step, {"reason": reason, "count": len(self.unreadable_logged)})
-                self.say(f"warning: {reason}; the next sample stands in for it ({len(self.unreadable_logged)} so far)")
+            reasons = set().union(*found)
+        for reason in sorted(reasons - self.unreadable_logged):
+            self.unreadable_logged.add(reason)
+            self.log("unreadable", step, {"reason": reason, "count": len(self.unreadable_logged)})
+            self.say(f"warning: {reason}; the next sample stands in for it ({len(self.unreadable_logged)} so far)")
+        self.samples.check_share(reasons)
 
     def end_epoch(self, step: int, validate: Callable[[], dict[str, float]] | None) -> None:
         """Write the epoch's log line, with what `validate` measures, the seconds of training and this process's peak memory

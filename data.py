@@ -25,7 +25,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +119,9 @@ def stage(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | Non
             status, message = 2, f"error: {error}"
         except Diverged as error:
             status, message = 1, f"error: {error}"
+        except torch.OutOfMemoryError as error:
+            hint = "--grad-accum 2 (4, ...) trains the same in less memory, --recompute-activations too; evaluations take a smaller --batch-size"
+            status, message = 1, f"error: {first_line(error)} {hint}"
         except RuntimeError as error:
             if not (isinstance(error, torch.distributed.DistError) or LOST.search(str(error))):
                 raise
@@ -349,6 +352,9 @@ def _imagenet_splits(root: Path) -> tuple[Split, Split]:
                 datasets.ImageNet(str(home), split=split)
         except (OSError, RuntimeError) as error:
             raise InputError(f"imagenet: unpacking the archives in {home} failed: {first_line(error)}") from error
+    for split, left_over in (("train", "*.tar"), ("val", "*.JPEG")):  # torchvision does not go on where it was stopped
+        if next((home / split).glob(left_over), None):
+            raise InputError(f"imagenet: {home / split} was not unpacked to its end; remove it and start again")
     return _class_folder_splits(home)
 
 
@@ -809,7 +815,7 @@ class Samples:
             disable = None if world.rank == 0 else True
             stores = self._through_cache(cache, disable) if cache else self._decode_all(disable)
             self.resident = [store.to(self.device) for store in stores]
-            self._check_share()
+            self.check_share(self.unreadable.values())
 
     def _through_cache(self, cache: Path, disable: bool | None) -> list[torch.Tensor]:
         """What _decode_all gives, from the file `cache` where there is one; else it is written. Of several processes one
@@ -817,11 +823,11 @@ class Samples:
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
             lock = open(cache.with_suffix(".lock"), "w")  # noqa: SIM115
+            fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file is closed, also by a process that dies
         except OSError as error:
             print(f"warning: decoded images cannot be kept ({first_line(error)}); --decoded-cache DIR names another place", file=sys.stderr)
             return self._decode_all(disable)
         with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file is closed, also by a process that dies
             with contextlib.suppress(OSError, ValueError):  # absent or damaged: decoded again
                 rows, stores, start = torch.from_numpy(np.load(cache, mmap_mode="c")), [], 0
                 for part in self._decode(0)[0]:
@@ -860,32 +866,34 @@ class Samples:
                 if not self.skip_unreadable or len(unreadable) > 0.01 * self.count:
                     raise
 
-    def _check_share(self) -> None:
-        if len(self.unreadable) > 0.01 * self.count:
-            some = next(iter(self.unreadable.values()))
-            raise InputError(f"{len(self.unreadable)} of {self.count} images cannot be read, more than 1 %; among them: {some}")
+    def check_share(self, reasons: Collection[str]) -> None:
+        """Raise InputError where `reasons`, one for each file that cannot be read, are more than 1 % of the samples."""
+        if len(reasons) > 0.01 * self.count:
+            raise InputError(f"{len(reasons)} of {self.count} images cannot be read, more than 1 %; among them: {min(reasons)}")
 
     def fetch(self, batches: list[torch.Tensor], key: tuple[int, ...] = ()) -> Iterator[tuple]:
         """The parts of the samples of each batch (indices); `key` is for what is drawn at random in decoding."""
         if self.resident is not None:
             for indices in batches:
-                yield tuple(part[indices.to(part.device)] for part in self.resident)
+                indices = to_device(indices, self.device)
+                yield tuple(part[indices] for part in self.resident)
             return
 
-        def load(indices: list[int]) -> tuple | InputError:
+        def load(indices: torch.Tensor) -> tuple | InputError:
             try:
-                samples, unreadable = zip(*(self._decode(i, key) for i in indices), strict=True)
+                samples, unreadable = zip(*(self._decode(i, key) for i in indices.tolist()), strict=True)
             except InputError as error:  # handed over as a value: the DataLoader would wrap it into a traceback
                 return error
             parts = zip(*samples, strict=True)
             return tuple(torch.stack(part) if len({p.shape for p in part}) == 1 else list(part) for part in parts), unreadable
 
         for batch in DataLoader(
-            [indices.tolist() for indices in batches],
+            list(batches),
             batch_size=None,
             collate_fn=load,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=lambda worker: os.setpgid(0, 0),  # a signal to the process group, as torchrun's, is for the run, not for them
             multiprocessing_context="fork" if self.workers else None,  # other ways cannot hand over a split's functions
         ):
             if isinstance(batch, InputError):
@@ -893,8 +901,13 @@ class Samples:
             parts, unreadable = batch
             for found in unreadable:
                 self.unreadable.update(found)
-            self._check_share()
+            self.check_share(self.unreadable.values())
             yield tuple(part.to(self.device, non_blocking=True) if isinstance(part, torch.Tensor) else part for part in parts)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on `device`. Of pinned memory, so that the host does not wait for what the GPU has still to do before it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def pad_crop_flip(pixels: torch.Tensor, shifts: torch.Tensor, flips: torch.Tensor, pad: int) -> torch.Tensor:
@@ -999,17 +1012,17 @@ class TrainLoader:
         """A random order of the outputs for each sample of this rank's batch number `step` of `epoch`, (B, num_outputs)."""
         generator, run = random_generator(GROUP, self.seed, epoch, step), self._run(step)
         orders = torch.rand(self.batch_size, num_outputs, generator=generator).argsort(1)  # of the whole global batch
-        return orders[run if len(run) else slice(1)]
+        return to_device(orders[run if len(run) else slice(1)], self.world.device)
 
     def _augment(
         self, pixels: torch.Tensor, targets: torch.Tensor, run: torch.Tensor, total: int, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Drawn for the whole global batch, of which this rank holds the run: the same whatever the number of ranks."""
         shifts = torch.randint(0, 2 * self.pad + 1, (total, 2), generator=generator)[run]
-        flips = (torch.rand(total, generator=generator) < 0.5)[run].to(pixels.device)
+        flips = to_device((torch.rand(total, generator=generator) < 0.5)[run], pixels.device)
         if targets.dim() > 1:
             return flip_scenes(pixels, targets, flips)
-        return pad_crop_flip(pixels, shifts.to(pixels.device), flips, self.pad), targets
+        return pad_crop_flip(pixels, to_device(shifts, pixels.device), flips, self.pad), targets
 
 
 class EvalLoader:

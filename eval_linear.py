@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm, trange
 
-from checkpoint import result_path, write_atomically
+from checkpoint import make_directory, result_path, write_atomically
 from data import (
     HEAD,
     VOID,
@@ -282,6 +282,7 @@ def save_scene(directory: Path, index: int, split: SceneSplit, prediction: torch
     """Write a scene's image, and ground truth and prediction as palette PNGs of class indices, and a panel of the three."""
     image, mask = split.read(index)
     truth, found = palette_image(mask), palette_image(prediction.numpy()).resize(image.size, 0)
+    make_directory(directory)
     panel = draw_panels([("image", image), ("ground truth", truth), ("prediction", found)], split.classes)
     for name, picture in (("image", image), ("truth", truth), ("prediction", found), ("panel", panel)):
         write_atomically(directory / f"{index:06d}_{name}.png", lambda file, picture=picture: picture.save(file, format="PNG"))
@@ -295,10 +296,11 @@ def judge_scenes(args: argparse.Namespace, world: World, path: Path) -> None:
     if args.image_size == backbone.patch_size:
         raise InputError(f"--image-size {args.image_size} is a single patch; segmentation needs more of them")
     layers, classes = 4 if args.features == "multiscale" else 1, train_split.classes
-    loader = SceneLoader(train_split, [args.image_size], args.map_size, world, args.workers)
     tokens = (args.image_size // backbone.patch_size) ** 2
     gib = len(train_split) * tokens * layers * backbone.embed_dim * 4 / 2**30
-    source = SceneFeatures(backbone, loader, layers, args.map_size, args.amp, world, keep=gib <= args.cache_features)
+    keep = gib <= args.cache_features
+    loader = SceneLoader(train_split, [args.image_size], args.map_size, world, args.workers, stream=keep)  # one pass
+    source = SceneFeatures(backbone, loader, layers, args.map_size, args.amp, world, keep=keep)
     recipe = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "lr_end": args.lr_end, "seed": args.fit_seed}
     segmenter = fit_segmenter(source, len(train_split), len(classes), **recipe)
     confusion = score_scenes(backbone, segmenter, val_split, args, layers, path.with_name(f"{path.stem}_images"), world)

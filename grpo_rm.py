@@ -15,6 +15,7 @@ import itertools
 import math
 import os
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import VisionTransformer
@@ -499,7 +501,7 @@ def _load_from_hub(name: str, hub_repo: str, *, pretrained: bool) -> nn.Module:
 
 class ClassificationHead(nn.Module):
     """Linear(D, hidden) - ReLU - Linear(hidden, G) on the normalised class token; the paper's hidden width is 256.
-    Always in float32: the ratio p/q needs more digits than bf16 has."""
+    Always outside autocast: the ratio p/q needs more digits than bf16 has (float32; GPUs multiply in TF32)."""
 
     def __init__(self, embed_dim: int, num_outputs: int, hidden_dim: int = 256):
         super().__init__()
@@ -516,7 +518,7 @@ class SegmentationHead(nn.Module):
     """Patch tokens upsampled from h x w to map_size x map_size, then Linear(D, hidden) - ReLU - Linear(hidden, G) per pixel.
 
     The first linear layer comes before the bilinear upsampling, which is the same function for 1/16 of the work: the
-    weights of an interpolation sum to 1. Always in float32, as ClassificationHead. `chunk` images at a time go through what
+    weights of an interpolation sum to 1. Always outside autocast, as ClassificationHead. `chunk` images at a time go through what
     follows, and their (hidden, M, M) maps are computed again in the backward pass, so that an image keeps no more than its
     logits; 0: all at once, and all is kept."""
 
@@ -525,6 +527,7 @@ class SegmentationHead(nn.Module):
         self.layers = nn.Sequential(nn.Linear(embed_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, num_outputs))
         self.map_size, self.chunk = map_size, chunk
 
+    @torch.compiler.disable  # unrolled, the pieces of a large batch would take minutes to compile
     def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
         """DINOv2's dict of features of square images -> logits (B, G, M, M) float32."""
         tokens = features["x_norm_patchtokens"]  # (B, h*w, D)
@@ -724,6 +727,13 @@ def training_step(model, old_policy, optimizer, scaler, images, targets, args, w
     return sums | meter.sums | {"grad_norm": norm.double() * meter.sums["samples"]}
 
 
+def sum_gradients(optimizer: torch.optim.Optimizer, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """DDP's own reduction. Before it, optimizer.bad_here notes whether this rank's part is finite: after it no rank can tell."""
+    bad = ~bucket.buffer().isfinite().all()
+    optimizer.bad_here = getattr(optimizer, "bad_here", bad) | bad
+    return allreduce_hook(None, bucket)
+
+
 def prepare(policy: Policy, args: argparse.Namespace, world: World):
     """What training needs beside the policy: the old policy (None for fine-tuning), the model whose gradients are those of all
     processes, the optimizer, and the scaler of fp16's losses."""
@@ -733,7 +743,7 @@ def prepare(policy: Policy, args: argparse.Namespace, world: World):
         recompute_activations(policy.backbone)
     old_policy = None
     if args.method == "grpo_rm":
-        old_policy = copy.deepcopy(policy)  # allocated once, outside DDP, never given gradients
+        old_policy = copy.deepcopy(policy)  # allocated once, outside DDP; nothing is ever propagated back into it
         if not args.compile:  # with gradients other code is compiled, which rounds differently: both policies need the same
             old_policy.requires_grad_(False)
         if args.old_policy_dtype == "bf16":
@@ -742,11 +752,13 @@ def prepare(policy: Policy, args: argparse.Namespace, world: World):
         if network is not None:
             network.compile(dynamic=False)  # in place: no name in a state dict changes; a size always has the same code
     warnings.filterwarnings("ignore", message="Grad strides do not match")  # DDP, of tokens of shape (1, 1, D): harmless
-    gpus = [world.device] if world.device.type == "cuda" else None
-    model = DistributedDataParallel(policy, device_ids=gpus) if world.size > 1 else policy
     backbone = [parameter for parameter in policy.backbone.parameters() if parameter.requires_grad]
     groups = [{"params": backbone, "factor": 1.0}, {"params": list(policy.head.parameters()), "factor": args.head_lr_factor}]
     optimizer = torch.optim.Adam(groups, lr=args.lr, weight_decay=0.0, fused=True)
+    model = policy
+    if world.size > 1:
+        model = DistributedDataParallel(policy, device_ids=[world.device] if world.device.type == "cuda" else None)
+        model.register_comm_hook(optimizer, sum_gradients)
     return old_policy, model, optimizer, torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")
 
 
@@ -765,7 +777,8 @@ def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args
     steps_per_epoch = len(loader)
     total_steps = args.epochs * steps_per_epoch
     last_step = min(total_steps, args.max_steps or total_steps)
-    args.compile = args.compile == "on" or (args.compile == "auto" and world.device.type == "cuda" and last_step >= COMPILE_STEPS)
+    worthwhile = world.device.type == "cuda" and last_step >= COMPILE_STEPS and any(map(shutil.which, ("cc", "gcc", "clang")))
+    args.compile = args.compile == "on" or (args.compile == "auto" and worthwhile)
     old_policy, model, optimizer, scaler = prepare(policy, args, world)
     refresh_every = args.old_policy_every or steps_per_epoch
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
@@ -774,7 +787,7 @@ def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args
         for line in announcement(args, world, steps_per_epoch, last_step):
             run.say(line, file=sys.stdout)
         for epoch in range(run.open_epoch(step), args.epochs):  # line 2
-            if step >= last_step and not run.epoch_sums:
+            if last_step <= step <= epoch * steps_per_epoch:  # --max-steps came before this epoch
                 break
             batches = loader.epoch(epoch, start=step - epoch * steps_per_epoch)
             for images, targets in itertools.islice(batches, max(0, last_step - step)):  # line 4
@@ -792,6 +805,8 @@ def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args
                 run.record(step, lr, sums)
             if step % steps_per_epoch == 0:
                 due = epoch + 1 == args.epochs or (epoch + 1) % args.eval_every == 0
+                if due:  # validation may take longer than a node gives after its signal
+                    run.save(step)
                 with torch.compiler.set_stance("force_eager"):  # validation's few batches do not repay another compilation
                     run.end_epoch(step, validate if due else None)
             else:  # --max-steps ends within the epoch
@@ -925,7 +940,7 @@ def add_training_arguments(parser: ArgumentParser, *, lr: float, lr_end: float, 
     group.add_argument("--head-lr-factor", type=number(0, open_low=True), default=1.0, help="multiplies the head's learning rate; the paper's is 1")
     group.add_argument("--warmup-epochs", type=number(0), default=0.0, help="linear warm-up; the paper has none")
     group.add_argument("--max-grad-norm", type=number(0, open_low=True), help="clip the gradient's norm; default: off, as in the paper")
-    group.add_argument("--hidden-dim", type=number(1, kind=int), help="width of the head; default: the paper's, 64 for VOC and 256 otherwise")
+    group.add_argument("--hidden-dim", type=number(1, kind=int), help="width of the head; default: the paper's 256, and 64 for VOC (and shapes_seg)")
 
     group = parser.add_argument_group("run")
     group.add_argument("--compile", nargs="?", const="on", choices=["auto", "on", "off"], default="auto", help=f"torch.compile of both policies; auto: on GPUs, for runs of {COMPILE_STEPS} steps and more")

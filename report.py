@@ -576,8 +576,12 @@ def make_tables(groups: list[Group]) -> list[Table]:
 
 
 def remarks(runs: list[Run], root: Path) -> list[str]:
-    """A line for every run that lacks a result or the end of its log."""
+    """A line for every run that lacks a result or the end of its log, and one where the runs come from several sources."""
     lines = []
+    for key in ("git_commit", "torch_version"):
+        values = {str(run.config[key]) for run in runs if run.config.get(key)}
+        if len(values) > 1:
+            lines.append(f"- the runs differ in {key}: {', '.join(sorted(values))}")
     for run in runs:
         if run.missing:
             where = f"epoch {len(run.epochs)} of {run.config.get('epochs', '?')}, " if not run.scores else ""

@@ -81,10 +81,10 @@ def main(argv: list[str] | None = None) -> None:
     options = {"seed": args.seed, "augment": args.augment == "default", "map_size": args.map_size, "skip_unreadable": args.skip_unreadable}
     options |= {"input_mode": args.input, "cache_dir": args.decoded_cache}
     loader = TrainLoader(train_split, protocol, args.image_size, args.batch_size, world, args.workers, **options)
-    mine = torch.arange(len(val_split))[world.rank :: world.size]
-    val_scenes = val_split.subset(mine.numpy())
+    mine = torch.arange(len(val_split)).split(16)[world.rank :: world.size]  # whole batches: the same for any number of processes
+    val_scenes = val_split.subset(torch.cat(mine).numpy() if mine else [])
     val_loader = SceneLoader(val_scenes, [args.image_size], args.map_size, world, args.workers)  # no stand-ins: each counts once
-    val_batches = list(torch.arange(len(mine)).split(16)) if len(mine) else []
+    val_batches = list(torch.arange(len(val_scenes)).split(16)) if mine else []
     train(policy, loader, lambda: head_scores(policy, val_loader, val_batches, num_classes, args.amp, world), args, world)
 
 

@@ -86,11 +86,11 @@ def tiny_imagenet(tmp_path) -> Path:
     return tmp_path
 
 
-def stderr_of(capsys, main, *arguments, status: int = 2) -> str:
-    """Call main, which must exit with `status` after one line on stderr; returns that line."""
+def stderr_of(capsys, main, *arguments, status: int = 2, lines: int = 1) -> str:
+    """Call main, which must exit with `status` after one line on stderr, or after warnings `lines` of them; returns them."""
     with pytest.raises(SystemExit) as exit_:
         main([str(argument) for argument in arguments])
     assert exit_.value.code == status
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "Traceback" not in error, error
+    assert error.count("\n") == lines and "Traceback" not in error, error
     return error

@@ -2,11 +2,12 @@
 
 import json
 import pickle
+import shutil
 import sys
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, stderr_of
 
 import eval_knn
 import eval_linear
@@ -172,7 +173,7 @@ class Malicious:
         return (open, (self.path, "w"))
 
 
-def test_malicious_weights_run_nothing(tmp_path):
+def test_malicious_weights_and_checkpoints_run_nothing(tmp_path, capsys):
     victim = tmp_path / "written_by_the_pickle"
     torch.save({"a": Malicious(str(victim))}, tmp_path / "torch.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Malicious(str(victim))))
@@ -180,6 +181,9 @@ def test_malicious_weights_run_nothing(tmp_path):
         with pytest.raises(InputError, match="cannot be loaded") as error:
             load_strictly(VitTiny(), tmp_path / name)
         assert "\n" not in str(error.value)
+        shutil.copy(tmp_path / name, tmp_path / "checkpoint.pt")
+        error = stderr_of(capsys, train_cls.main, *TINY, "--resume", "--output-dir", tmp_path, lines=2)
+        assert "checkpoint.pt does not load and there is no other" in error
     assert not victim.exists()
 
 

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from soak_resume import children, log_without_speed, soak
 import data
 import grpo_rm
 import train_cls
-from checkpoint import read_log
+from checkpoint import Run, read_log, write_atomically
 from data import Diverged, InputError, TrainLoader, draw_shapes_split, load_splits
 from grpo_rm import ClassificationHead, Policy, VitTiny, init_world, train
 
@@ -112,9 +113,11 @@ def test_a_process_that_hangs_does_not_keep_the_others_waiting(tmp_path):
     assert "another process ended or hangs" in errors and 'train_cls.py", line' not in errors, errors
 
 
-def test_sigterm_to_torchrun_saves_on_all_ranks_and_resumes_exactly(tmp_path):
-    """The real thing: a signal to the launcher, which passes it on; then the same command again."""
-    flags = [*RUN, "--epochs", "40"]
+@pytest.mark.parametrize("mode", ["resident", "stream"])
+def test_sigterm_to_torchrun_saves_on_all_ranks_and_resumes_exactly(mode, tmp_path):
+    """The real thing: a signal to the launcher, which passes it on to the process groups of the workers, and so to all that is
+    in them; then the same command again."""
+    flags = [*RUN, "--epochs", "40", "--input", mode]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train_cls.py"), *flags]
     process = subprocess.Popen(
         [*launch, "--output-dir", str(tmp_path / "stopped"), "--resume"], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
@@ -123,12 +126,26 @@ def test_sigterm_to_torchrun_saves_on_all_ranks_and_resumes_exactly(tmp_path):
     process.send_signal(signal.SIGTERM)
     errors = process.communicate(timeout=60)[1]
     assert errors.count("SIGTERM: saved at step") == 2, errors  # one line a rank
+    assert 'train_cls.py", line' not in errors and "DataLoader worker" not in errors and process.returncode not in (0, None), errors
     steps = re.findall(r"saved at step (\d+)", errors)
     assert steps[0] == steps[1] == str(torch.load(tmp_path / "stopped" / "checkpoint.pt", weights_only=True)["step"])
     for name, extra in (("stopped", ["--resume"]), ("whole", [])):
         assert run_script("train_cls.py", *flags, "--output-dir", tmp_path / name, *extra, nproc=2).returncode == 0
     assert same_weights(tmp_path / "whole", tmp_path / "stopped")
     assert log_without_speed(tmp_path / "whole") == log_without_speed(tmp_path / "stopped")
+
+
+def test_a_signal_to_one_rank_stops_all_at_one_step(tmp_path):
+    """SIGUSR1, as Slurm can send it to a single process."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train_cls.py"), *RUN]
+    command = [*launch, "--epochs", "40", "--output-dir", str(tmp_path)]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(read_log(tmp_path / "log.jsonl")) > 3, process)
+    os.kill(children(process.pid)[-1], signal.SIGUSR1)
+    errors = process.communicate(timeout=60)[1]
+    steps = re.findall(r"\[rank \d\] SIGUSR1: saved at step (\d+)", errors)
+    assert len(steps) == 2 and steps[0] == steps[1], errors
+    assert "exitcode  : 143" in errors, errors  # what torchrun says of them; its own is 1
 
 
 def test_the_slurm_job_of_the_readme_saves_and_is_queued_again(tmp_path):
@@ -164,10 +181,10 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
-def test_soak(nproc, tmp_path):
+@pytest.mark.parametrize(("script", "kills", "nproc"), [("train_cls.py", 4, 1), ("train_cls.py", 2, 2), ("train_seg.py", 3, 1)])
+def test_soak(script, kills, nproc, tmp_path):
     """The short form of soak_resume.py."""
-    soak(kills=4 if nproc == 1 else 2, nproc=nproc, seed=nproc, root=tmp_path)
+    soak(kills, nproc, seed=nproc, root=tmp_path, script=script)
 
 
 def test_two_nodes_survive_the_death_of_a_worker(tmp_path):
@@ -229,7 +246,7 @@ def poisoned(rank: int, port: int, directory: str, kind: str) -> None:
     grpo_rm.training_step, grpo_rm.cross_entropy_loss = spy, poison
     with pytest.raises(Diverged) as error:
         train(policy, loader, dict, args, world)
-    expected = "the loss is not finite at step 7 on rank 1" if kind == "loss" else "the gradient is not finite at step 7;"
+    expected = "the loss is not finite at step 7 on rank 1" if kind == "loss" else "the gradient is not finite at step 7 on rank 1"
     assert expected in str(error.value), str(error.value)
     assert all(torch.equal(a, b) for a, b in zip(seen["before"], policy.parameters(), strict=True))
     assert torch.load(f"{directory}/checkpoint.pt", weights_only=True)["step"] == 5
@@ -257,6 +274,18 @@ def test_fp16_overflow_skips_a_step_and_is_no_error(tmp_path, monkeypatch):
     train_cls.main([*RUN, "--amp", "fp16", "--epochs", "1", "--output-dir", str(tmp_path)])
     assert policies[0] and scales[0] == 2.0**119  # skipped, and the scale halved
     assert (tmp_path / "backbone.pth").exists()
+
+
+def test_fp16_gradients_that_are_never_finite_stop_the_run(tmp_path, capsys, monkeypatch):
+    original = grpo_rm.cross_entropy_loss
+
+    def poisoned(logits, targets, **options):
+        loss, stats = original(logits, targets, **options)
+        return loss + (0 * logits).sum().abs().sqrt(), stats  # adds 0, with a slope of infinity times 0
+
+    monkeypatch.setattr(grpo_rm, "cross_entropy_loss", poisoned)
+    flags = ["--method", "finetune", "--amp", "fp16", "--output-dir", tmp_path]
+    assert "not finite however small the loss is scaled" in stderr_of(capsys, train_cls.main, *RUN, *flags, status=1)
 
 
 @pytest.fixture
@@ -298,6 +327,20 @@ def test_skip_unreadable(damaged_folder, stream, tmp_path, capsys, monkeypatch):
     assert exit_.value.code == 2 and "3 of 200 images cannot be read, more than 1 %" in capsys.readouterr().err
 
 
+def test_one_percent_of_unreadable_images_is_counted_over_all_processes(damaged_folder, tmp_path):
+    """Four of 200 files, of which each of two streaming processes meets two: each alone has no more than 1 %."""
+    split, _ = load_splits("folder", str(damaged_folder))
+    names = [split.files[i] for i in torch.randperm(200, generator=data.random_generator(data.ORDER, 0, 0))]
+    halves = names[:100], names[100:]
+    for half in halves:  # one is damaged already
+        for name in [name for name in half if "101.png" not in str(name)][: 2 - any("101.png" in str(name) for name in half)]:
+            Path(name).write_bytes(b"no image")
+    command = ["--dataset", "folder", "--data-root", damaged_folder, "--backbone", "vit_tiny", "--image-size", "28", "--device", "cpu"]
+    command += ["--input", "stream", "--skip-unreadable", "--augment", "none", "--batch-size", "200", "--epochs", "1", "--workers", "1"]
+    done = run_script("train_cls.py", *command, "--output-dir", tmp_path / "run", nproc=2)
+    assert done.returncode != 0 and done.stderr.count("4 of 200 images cannot be read, more than 1 %") == 2, done.stderr
+
+
 def test_an_image_that_one_rank_cannot_read_ends_all_without_a_traceback(damaged_folder, tmp_path):
     command = ["--dataset", "imagenet", "--data-root", damaged_folder, "--backbone", "vit_tiny", "--image-size", "28", "--device", "cpu"]
     done = run_script("train_cls.py", *command, "--batch-size", "50", "--workers", "1", "--output-dir", tmp_path / "run", nproc=2)
@@ -323,15 +366,95 @@ def test_a_full_disk_leaves_the_previous_checkpoint(whole, tmp_path):
     assert same_weights(whole, tmp_path)
 
 
-def test_an_output_directory_that_vanishes(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("minutes", "file"), [("10", "log.jsonl"), ("0", "checkpoint.pt")])
+def test_an_output_directory_that_vanishes(minutes, file, tmp_path, capsys, monkeypatch):
+    """It is not made anew, without what was in it."""
     at_step(monkeypatch, 3, lambda: shutil.rmtree(tmp_path / "run"))
-    assert "log.jsonl" in stderr_of(capsys, train_cls.main, *RUN, "--output-dir", tmp_path / "run")
+    flags = [*RUN, "--checkpoint-minutes", minutes, "--output-dir", tmp_path / "run"]
+    assert file in stderr_of(capsys, train_cls.main, *flags) and not (tmp_path / "run").exists()
+
+
+def test_an_output_directory_that_nobody_can_write(capsys):
+    assert "cannot write" in stderr_of(capsys, train_cls.main, *RUN, "--output-dir", "/proc/run")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_output_directory(tmp_path, capsys):
-    (tmp_path / "run").mkdir(mode=0o500)
-    assert "cannot write" in stderr_of(capsys, train_cls.main, *RUN, "--output-dir", tmp_path / "run")
+def test_a_read_only_output_directory(tmp_path, capsys, monkeypatch):
+    (tmp_path / "before").mkdir(mode=0o500)
+    assert "cannot write" in stderr_of(capsys, train_cls.main, *RUN, "--output-dir", tmp_path / "before")
+    at_step(monkeypatch, 3, lambda: (tmp_path / "during").chmod(0o500))
+    assert "cannot write" in stderr_of(capsys, train_cls.main, *RUN, "--output-dir", tmp_path / "during")
+
+
+def test_files_are_on_the_disk_before_they_take_their_place(tmp_path, monkeypatch):
+    """The file itself is synced before its new name is there, the directory afterwards."""
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append(os.readlink(f"/proc/self/fd/{descriptor}")) or fsync(descriptor))
+    monkeypatch.setattr(os, "replace", lambda old, new: calls.append(("replace", str(new))) or replace(old, new))
+    write_atomically(tmp_path / "a", lambda file: file.write_text("text"))
+    temporary, replaced, directory = calls
+    assert Path(temporary).parent == tmp_path and replaced == ("replace", str(tmp_path / "a")) and directory == str(tmp_path)
+
+
+def test_what_a_killed_process_was_writing_is_removed(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / ".checkpoint.pt.1234.tmp").write_bytes(b"half")
+    train_cls.main([*RUN, "--output-dir", str(tmp_path / "run"), "--resume"])
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_overwritten(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    for file in (tmp_path / "run").glob("checkpoint*.pt"):
+        file.unlink()
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    for extra in ([], ["--resume"]):
+        assert "finished run" in stderr_of(capsys, train_cls.main, *RUN, *extra, "--output-dir", tmp_path / "run")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_checkpoint_of_something_else_is_one_line(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    state = torch.load(whole / "checkpoint.pt", weights_only=True)
+    torch.save({k: v for k, v in state.items() if k != "ranks"}, tmp_path / "run" / "checkpoint.pt")
+    assert "is not of this network" in stderr_of(capsys, train_cls.main, *RUN, "--resume", "--output-dir", tmp_path / "run")
+
+
+@pytest.mark.parametrize("steps", [1, 7, 10])
+def test_max_steps_ends_a_run_there(steps, tmp_path, monkeypatch):
+    """In the first epoch, within one, and at the end of one: no later epoch is begun or saved."""
+    saved = []
+    save = Run.save
+    monkeypatch.setattr(Run, "save", lambda run, step: saved.append(step) or save(run, step))
+    train_cls.main([*RUN, "--epochs", "50", "--eval-every", "50", "--max-steps", str(steps), "--output-dir", str(tmp_path)])
+    assert saved == sorted({*range(5, steps, 5), steps})
+    assert read_log(tmp_path / "log.jsonl")[-1]["step"] == steps
+
+
+def test_a_stop_at_the_very_last_step_leaves_the_end_to_the_next_start(tmp_path, monkeypatch):
+    """An epoch shorter than --log-every: its line and the last validation are still to come."""
+    flags = [*RUN, "--epochs", "1", "--log-every", "100"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train_cls.main([*flags, "--output-dir", str(tmp_path)])
+    train_cls.main([*flags, "--resume", "--output-dir", str(tmp_path)])
+    assert [event["event"] for event in read_log(tmp_path / "log.jsonl")] == ["step", "epoch"]
+    assert "val_accuracy" in read_log(tmp_path / "log.jsonl")[-1]
+
+
+def test_sigterm_during_validation_loses_nothing(whole, tmp_path, monkeypatch):
+    """What a node kills during a long validation goes on from the epoch's end."""
+
+    def end(*rest):
+        raise SystemExit("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
+        patch.setattr(train_cls, "head_accuracy", end)
+        train_cls.main([*RUN, "--output-dir", str(tmp_path)])
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 20
+    train_cls.main([*RUN, "--output-dir", str(tmp_path), "--resume"])
+    assert same_weights(whole, tmp_path) and log_without_speed(whole) == log_without_speed(tmp_path)
 
 
 def test_an_archive_is_checked_first_and_cannot_write_outside(tmp_path):

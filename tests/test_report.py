@@ -169,6 +169,7 @@ def test_what_does_not_touch_the_scores_is_averaged_over(tmp_path):
     fake_run(tmp_path, "shapes", "grpo_rm", 1, 60.0, world_size=8, git_commit="b")
     row = row_of(tables(tmp_path)["table3"])
     assert (row["method"], row["seeds"], row["SR"], row["k-NN"]) == ("GRPO-RM", "0, 1", "55.00 ± 7.07", "40.00 (n = 1)")
+    assert "- the runs differ in git_commit: a, b" in report.remarks(report.find_runs(tmp_path), tmp_path)
 
 
 def test_fine_tuning_is_compared_whatever_the_objective(tmp_path):
@@ -360,8 +361,15 @@ def test_results_without_their_config_are_not_averaged_with_others(tmp_path):
     assert sorted(row["SR"] for row in rows) == ["55.00 ± 7.07", "60.00"]
 
 
-def test_figures(tmp_path):
-    """A real run and hand-made ones; each picture is there, and holds more than empty axes."""
+def test_figures(tmp_path, monkeypatch):
+    """A real run and hand-made ones; each picture is there, and each of its panels holds what it should."""
+    panels, save_figure = {}, report.save_figure
+
+    def look(figure, title, path):
+        panels[path.stem] = [(axis.get_title(), len(axis.lines), len(axis.patches)) for axis in figure.axes]
+        return save_figure(figure, title, path)
+
+    monkeypatch.setattr(report, "save_figure", look)
     out = tmp_path / "runs" / "shapes" / "grpo_rm" / "seed0"
     train_cls.main([*TINY, "--batch-size", "50", "--epochs", "2", "--eval-every", "1", "--output-dir", str(out)])
     events = [event for event in read_log(out / "log.jsonl") if event["event"] == "epoch"]
@@ -378,7 +386,18 @@ def test_figures(tmp_path):
     written = report.draw_figures(report.group_runs(report.find_runs(root), root), tmp_path / "figures")
     names = ["voc2012_curves", "voc2012_policy", "shapes_curves", "shapes_policy", "ablation"]
     assert [path.name for path in written] == [f"{name}.png" for name in names]
-    assert all(path.stat().st_size > 10_000 for path in written)
+    assert all(Image.open(path).width > 400 for path in written)
+    two, methods = 2 + 1, 2  # two seeds are two thin lines and their mean
+    assert panels["voc2012_curves"] == [
+        ("cross-entropy of fine-tuning", two, 0),
+        ("loss of GRPO-RM", two, 0),
+        ("validation pixel accuracy (%)", methods * two, 0),
+        ("validation mIoU (%)", methods * two, 0),
+    ]
+    assert panels["shapes_curves"] == [("loss of GRPO-RM", 1, 0), ("validation accuracy (%)", 1, 0)]
+    assert [lines for _, lines, _ in panels["shapes_policy"]] == [1, 1, 1]
+    ((_, _, bars),) = panels["ablation"]
+    assert bars == 2
 
 
 def test_long_names_fit_into_the_legend(tmp_path, monkeypatch):

@@ -182,7 +182,9 @@ def test_a_finished_run_is_not_overwritten(tmp_path, capsys):
     train_cls.main([*SHAPES, "--output-dir", str(tmp_path)])
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert "already holds a run; add --resume" in stderr_of(capsys, train_cls.main, *SHAPES, "--output-dir", tmp_path)
-    for change in (["--lr", "1e-4"], ["--ratio-floor", "0"], ["--epochs", "2"], ["--method", "finetune"]):
+    changes = {"--lr": "1e-4", "--ratio-floor": "0", "--epochs": "2", "--method": "finetune", "--batch-size": "7", "--uniformity": "eq5"}
+    changes |= {"--group-weighting": "policy", "--seed": "5", "--clip-eps": "0.1", "--augment": "none", "--train-fraction": "0.5"}
+    for change in changes.items():
         error = stderr_of(capsys, train_cls.main, *SHAPES, "--output-dir", tmp_path, "--resume", *change)
         assert f"--resume: {change[0]} is" in error
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
