@@ -755,6 +755,11 @@ def decode_labelled(split: Split, side: int, *, margin: float = 1.0, resized_cro
     return decode
 
 
+def labelled_recipe(split: Split, side: int, margin: float = 1.0) -> str:
+    """What decides the bytes that decode_labelled gives, beside the files: part of the name of their cache."""
+    return f"labelled {side} {margin:g} {split.targets.tolist()}"
+
+
 def decode_scene(split: SceneSplit, sides: list[int], map_size: int | None) -> Decode:
     """scene i -> its pixels (side, side, 3) uint8 for each of `sides`, and its mask, (map_size, map_size) or, without one, of
     the size it has."""
@@ -972,10 +977,10 @@ class TrainLoader:
         resized_crop = protocol.resized_crop and augment
         self.pad = 0 if resized_crop else side // 8  # 4 pixels for CIFAR, 8 for Tiny-ImageNet
         if isinstance(split, SceneSplit):
-            decode, recipe = decode_scene(split, [image_size], map_size), f"scenes {image_size} {map_size} {len(split.classes)}"
+            decode, recipe = decode_scene(split, [image_size], map_size), f"scenes {[image_size]} {map_size} {len(split.classes)}"
             sample_bytes = 3 * image_size**2 + map_size**2
         else:
-            decode, recipe = decode_labelled(split, side, resized_crop=resized_crop), f"labelled {side} {split.targets.tolist()}"
+            decode, recipe = decode_labelled(split, side, resized_crop=resized_crop), labelled_recipe(split, side)
             sample_bytes = 3 * side**2
         fits = len(split) * sample_bytes <= RESIDENT_BYTES
         resident = not resized_crop and (input_mode == "resident" or (input_mode == "auto" and fits))
@@ -1030,15 +1035,17 @@ class EvalLoader:
     (B, 3, S, S), targets (B,)). Whole batches are dealt to the ranks in turn, so a sample's batch is the same for any
     number of processes, and so are its features to the last bit."""
 
-    def __init__(self, split: Split, protocol: Protocol, image_size: int, batch_size: int, world, workers: int):
+    def __init__(self, split: Split, protocol: Protocol, image_size: int, batch_size: int, world, workers: int, cache_dir: str | None = "off"):
         self.image_size, self.device, self.num_samples, self.batch_size = image_size, world.device, len(split), batch_size
         batches = torch.arange(len(split)).split(batch_size)[world.rank :: world.size]
         self.mine = torch.cat(batches) if batches else torch.arange(0)
         margin = 256 / 224 if protocol.resized_crop else 1.0  # ImageNet's habit: resize to 256, cut out 224
         side = protocol.stored_size or image_size
-        decode = decode_labelled(split.subset(self.mine.numpy()), side, margin=margin)
-        resident = len(self.mine) * 3 * side**2 <= RESIDENT_BYTES
-        self.samples = Samples(len(self.mine), decode, world, workers, resident=resident)
+        mine = split.subset(self.mine.numpy())
+        decode = decode_labelled(mine, side, margin=margin)
+        resident = len(mine) * 3 * side**2 <= RESIDENT_BYTES
+        cache = decoded_cache(mine, labelled_recipe(mine, side, margin), cache_dir) if resident else None
+        self.samples = Samples(len(mine), decode, world, workers, resident=resident, cache=cache)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         local = list(torch.arange(len(self.mine)).split(self.batch_size)) if len(self.mine) else []
@@ -1061,12 +1068,14 @@ class SceneLoader:
         workers: int,
         *,
         stream: bool = False,
+        cache_dir: str | None = "off",
     ):
         self.sides = sides
         resident = False
         if map_size and not stream:
             resident = len(split) * (sum(3 * side**2 for side in sides) + map_size**2) <= RESIDENT_BYTES
-        self.samples = Samples(len(split), decode_scene(split, sides, map_size), world, workers, resident=resident)
+        cache = decoded_cache(split, f"scenes {sides} {map_size} {len(split.classes)}", cache_dir) if resident else None
+        self.samples = Samples(len(split), decode_scene(split, sides, map_size), world, workers, resident=resident, cache=cache)
 
     def fetch(self, batches: list[torch.Tensor]) -> Iterator[tuple]:
         for *pixels, masks in self.samples.fetch(batches):
@@ -1136,6 +1145,7 @@ def add_data_arguments(parser: ArgumentParser, *tasks: str) -> None:
     group.add_argument("--dataset", default=names[0], metavar="NAME", help=f"{', '.join(names[:-1])}, or folder (your own); {names[0]} is drawn on the fly")
     group.add_argument("--data-root", metavar="DIR", help="where the datasets live; default: $GRPO_RM_DATA, else ./datasets")
     group.add_argument("--download", action="store_true", help="fetch what may be fetched: all but imagenet, folder and the masks of coco_stuff")
+    group.add_argument("--decoded-cache", metavar="DIR", help="where decoded images are kept for runs to come, or off; default: $GRPO_RM_CACHE, else ~/.cache/grpo-rm")
     group.add_argument("--image-size", type=number(1, kind=int), help="side in pixels; default: the protocol's for the dataset")
     group.add_argument("--limit-train", type=number(1, kind=int), metavar="N", help="N training images at even distances")
     group.add_argument("--limit-val", type=number(1, kind=int), metavar="N", help="N validation images at even distances")

@@ -258,11 +258,11 @@ class FusedLoss(torch.autograd.Function):
         loss, hits, clipped, ratios, kl, entropy = torch.stack(sums).sum(0, dtype=torch.float64)
         outputs = count * (logits if members is None else members).shape[1]
         values = [hits / count, clipped / outputs, ratios / outputs, kl / count, entropy / count, torch.stack(peaks).amax()]
-        values = [value.to(dtype) for value in values]
+        values = [value.to(dtype, copy=True) for value in values]  # no views of one tensor
         ctx.save_for_backward(gradient)
         ctx.dtype = logits.dtype
         ctx.mark_non_differentiable(*values)
-        return loss.to(dtype), *values
+        return loss.to(dtype, copy=True), *values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -668,6 +668,12 @@ def copy_policy(old_policy: nn.Module, policy: nn.Module) -> None:
         old.copy_(new)
 
 
+@functools.cache
+def compiled_loss() -> Callable:
+    """grpo_rm_loss as torch.compile makes it: a GPU then passes over the logits a few times instead of some forty."""
+    return torch.compile(grpo_rm_loss, dynamic=False)
+
+
 def training_step(model, old_policy, optimizer, scaler, images, targets, args, world, fresh=False, order=None) -> dict[str, torch.Tensor]:
     """One batch: lines 5 to 9 of Algorithm 1, or a cross-entropy step where there is no old policy. `fresh` says that the
     old policy was refreshed just now: the policy's logits are its own, to the last bit, and it need not run.
@@ -697,7 +703,8 @@ def training_step(model, old_policy, optimizer, scaler, images, targets, args, w
                 loss, stats = cross_entropy_loss(logits, y, ignore_index=IGNORE)
             else:
                 old_logits = logits.detach() if fresh else old_logits
-                loss, stats = grpo_rm_loss(  # lines 6 to 8
+                loss_function = compiled_loss() if args.compile is True else grpo_rm_loss
+                loss, stats = loss_function(  # lines 6 to 8
                     logits,
                     old_logits,
                     y,
@@ -880,7 +887,8 @@ def frozen_features(args: argparse.Namespace, protocol: Protocol, world: World) 
     """What a classification's evaluation starts from: (features, targets) of the training split, the same of the validation
     split, and the names of the classes. Raises InputError."""
     train_split, val_split, backbone = load_data_and_backbone(args, world)
-    loaders = [EvalLoader(split, protocol, args.image_size, args.batch_size, world, args.workers) for split in (train_split, val_split)]
+    options = (protocol, args.image_size, args.batch_size, world, args.workers, args.decoded_cache)
+    loaders = [EvalLoader(split, *options) for split in (train_split, val_split)]
     train, val = (class_tokens(backbone, loader, args.amp, world) for loader in loaders)
     return train, val, train_split.classes
 
@@ -915,7 +923,6 @@ def add_training_arguments(parser: ArgumentParser, *, lr: float, lr_end: float, 
     group.add_argument("--train-fraction", type=number(0, 1, open_low=True), default=1.0, help="random share of the training set, the same for both methods")
     group.add_argument("--augment", choices=["default", "none"], default="default", help="default: crop after zero padding and flip; ImageNet: random resized crop and flip; segmentation: flip")
     group.add_argument("--input", choices=["auto", "resident", "stream"], default="auto", help="resident: decoded once, kept as bytes on the device; stream: decoded by workers in every epoch; auto: resident up to 4 GiB. Random resized crops always stream")
-    group.add_argument("--decoded-cache", metavar="DIR", help="where decoded images are kept for runs to come, or off; default: $GRPO_RM_CACHE, else ~/.cache/grpo-rm")
     group.add_argument("--skip-unreadable", action="store_true", help="let the next sample stand in for a file that cannot be read, and list it in the log; stop at 1 %% of them")
 
     group = parser.add_argument_group("objective")

@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     options = {"seed": args.seed, "augment": args.augment == "default", "skip_unreadable": args.skip_unreadable}
     options |= {"input_mode": args.input, "cache_dir": args.decoded_cache}
     loader = TrainLoader(train_split, protocol, args.image_size, args.batch_size, world, args.workers, **options)
-    val_loader = EvalLoader(val_split, protocol, args.image_size, 256, world, args.workers)  # no stand-ins: each sample counts once
+    val_loader = EvalLoader(val_split, protocol, args.image_size, 256, world, args.workers, args.decoded_cache)  # no stand-ins: each counts once
     train(policy, loader, lambda: head_accuracy(policy, val_loader, args.amp, world), args, world)
 
 

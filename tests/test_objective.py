@@ -2,9 +2,11 @@
 
 import itertools
 import math
+import shutil
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 import grpo_rm
 from grpo_rm import accuracy_reward, choose_groups, cross_entropy_loss, group_advantages, grpo_rm_loss, uniformity_reward
@@ -432,3 +434,25 @@ def test_a_group_of_all_outputs_in_any_order_is_the_default(fused):
         one, other = (grpo_rm_loss(logits, old, targets, members=m, weighting=weighting, fused=fused) for m in (None, members))
         assert one[0].item() == pytest.approx(other[0].item(), abs=1e-13)
         assert all(one[1][name].item() == pytest.approx(other[1][name].item(), abs=1e-12) for name in one[1])
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+@pytest.mark.parametrize("shape", [(64, 30), (2, 7, 12, 12)], ids=["samples", "maps"])
+def test_the_loss_compiles_into_one_kernel_each_way(shape):
+    """With torch.compile's own backend, without a graph break; the same numbers as eager, and rho exactly 1 where q = p."""
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(0)
+    old = torch.randn(shape, generator=generator, dtype=torch.float64)
+    logits = (old + 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)).requires_grad_()
+    targets = torch.randint(shape[1], shape[:1] + shape[2:], generator=generator)
+    compiled = torch.compile(grpo_rm_loss, dynamic=False, fullgraph=True)
+
+    def both(function):
+        loss, stats = function(logits, old, targets, ratio_floor=0.1)
+        return loss, stats, torch.autograd.grad(loss, logits)[0]
+
+    found, code = run_and_get_code(both, compiled)
+    assert [part.count("async_compile.cpp_pybinding(") for part in code] == [1, 1]
+    torch.testing.assert_close(found, both(grpo_rm_loss), rtol=1e-12, atol=1e-15)
+    loss, stats = compiled(logits, logits.detach().clone(), targets)
+    assert stats["max_ratio"] == stats["mean_ratio"] == 1 and abs(loss) < 1e-12

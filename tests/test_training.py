@@ -1,6 +1,7 @@
 """Algorithm 1: the old policy, the schedule, processes and pieces, checkpoints and resuming."""
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -161,6 +162,8 @@ def test_compiled_policies_share_their_code(tmp_path, monkeypatch):
     """So rho is exactly 1 after a refresh; names, resuming and, up to rounding, the result are those of a plain run."""
     compile_, original, same = torch.nn.Module.compile, grpo_rm.training_step, []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_(self, backend="aot_eager", **options))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    grpo_rm.compiled_loss.cache_clear()
 
     def spy(model, old_policy, optimizer, scaler, images, targets, args, world, fresh, order):
         if fresh:
@@ -173,7 +176,7 @@ def test_compiled_policies_share_their_code(tmp_path, monkeypatch):
     torch._dynamo.utils.counters.clear()
     run(tmp_path / "whole", "--epochs", "2", "--compile")
     assert same == [True, True]
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # batches of 40 images and, at the end, of 20
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4  # policies and loss; batches of 40 images and, at the end, of 20
     assert not torch._dynamo.utils.counters["graph_break"]
     run(tmp_path / "parts", "--epochs", "2", "--compile", "on", "--max-steps", "4")
     run(tmp_path / "parts", "--epochs", "2", "--compile", "--resume")
@@ -183,6 +186,7 @@ def test_compiled_policies_share_their_code(tmp_path, monkeypatch):
         torch.testing.assert_close(whole, plain, atol=1e-3, rtol=0)
     assert json.loads((tmp_path / "whole" / "config.json").read_text())["compile"] is True
     assert json.loads((tmp_path / "plain" / "config.json").read_text())["compile"] is False  # auto, on a CPU
+    grpo_rm.compiled_loss.cache_clear()
 
 
 def test_learning_rate():
