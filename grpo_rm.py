@@ -353,8 +353,8 @@ def fused_piece(
 
 def shift_(logits, shifted) -> None:
     """Write the logits less the largest of their group to `shifted`, in its precision."""
-    logits = logits.to(shifted.dtype)
-    torch.sub(logits, logits.amax(1, keepdim=True), out=shifted)
+    shifted.copy_(logits)
+    shifted.sub_(shifted.amax(1, keepdim=True))
 
 
 def softmax_(shifted, probs, lowest: float) -> None:

@@ -14,6 +14,8 @@ from PIL import Image
 from data import PROTOCOLS
 from grpo_rm import World
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic: cuBLAS reads it once, at its first product
+
 CLASSIFICATION, SEGMENTATION = PROTOCOLS["classification"], PROTOCOLS["segmentation"]
 ROOT = Path(__file__).resolve().parent.parent
 CPU = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))

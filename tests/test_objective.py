@@ -437,13 +437,16 @@ def test_a_group_of_all_outputs_in_any_order_is_the_default(fused):
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
-@pytest.mark.parametrize("shape", [(64, 30), (2, 7, 12, 12)], ids=["samples", "maps"])
-def test_the_loss_compiles_into_one_kernel_each_way(shape):
+@pytest.mark.parametrize(("shape", "layout"), [((64, 30), 0), ((2, 7, 12, 12), 0), ((2, 7, 12, 12), 1)], ids=["samples", "maps", "channels last"])
+def test_the_loss_compiles_into_one_kernel_each_way(shape, layout):
     """With torch.compile's own backend, without a graph break; the same numbers as eager, and rho exactly 1 where q = p."""
     torch._dynamo.reset()
     generator = torch.Generator().manual_seed(0)
     old = torch.randn(shape, generator=generator, dtype=torch.float64)
-    logits = (old + 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)).requires_grad_()
+    logits = old + 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    if layout:  # as convolutions may leave them
+        old, logits = (x.to(memory_format=torch.channels_last) for x in (old, logits))
+    logits.requires_grad_()
     targets = torch.randint(shape[1], shape[:1] + shape[2:], generator=generator)
     compiled = torch.compile(grpo_rm_loss, dynamic=False, fullgraph=True)
 

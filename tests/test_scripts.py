@@ -18,6 +18,7 @@ import eval_knn
 import eval_linear
 import grpo_rm
 import train_cls
+from data import stage
 
 REAL_DATA = Path(os.environ.get("GRPO_RM_TEST_DATA", ROOT / ".." / "shared" / "data"))
 
@@ -203,3 +204,12 @@ def test_bad_input_under_torchrun_leaves_no_traceback_of_ours(tmp_path):
     done = run_script("train_cls.py", "--dataset", "folder", "--data-root", tmp_path, "--device", "cpu", "--backbone", "vit_tiny", nproc=2)
     assert done.returncode != 0
     assert "train_cls.py: [rank 0] error: " in done.stderr and 'train_cls.py", line' not in done.stderr
+
+
+def test_too_little_gpu_memory_is_one_line(capsys):
+    @stage
+    def main(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore about it.")
+
+    error = stderr_of(capsys, main, status=1)
+    assert "Tried to allocate 2.00 GiB. --grad-accum 2" in error and "More about it" not in error
