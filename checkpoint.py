@@ -27,7 +27,7 @@ from data import Diverged, InputError, Stopped, first_line
 NEUTRAL = set(
     "data_root download device workers output_dir resume checkpoint_minutes eval_every log_every max_steps hub_repo weights "
     "grad_accum compile timeout_minutes skip_unreadable input decoded_cache recompute_activations head_chunk cache_features "
-    "save_images output git_commit torch_version device_name world_size".split()
+    "save_images output git_commit torch_version device_name world_size forward_macs".split()
 )
 
 
@@ -247,9 +247,9 @@ class Run:
             signal.signal(number, handler)
         self.bar.close()
 
-    def start(self) -> int:
-        """Restore the parts from the checkpoint, where args.resume asks for it and there is one; write config.json;
-        drop the log's lines from after that checkpoint, which will come again. Returns the step to go on from. Raises InputError."""
+    def start(self, **facts) -> int:
+        """Restore the parts from the checkpoint, where args.resume asks for it and there is one; write config.json, with the
+        `facts`; drop the log's lines from after that checkpoint, which will come again. Returns the step to go on from. Raises InputError."""
         if not self.args.resume and (self.newest.exists() or self.previous.exists()):
             raise InputError(f"--output-dir {self.directory} already holds a run; add --resume to go on with it, or choose another")
         if (self.directory / "backbone.pth").exists() and not (self.newest.exists() or self.previous.exists()):
@@ -265,7 +265,7 @@ class Run:
         if self.world.rank == 0:
             for left_over in self.directory.glob(".*.tmp"):  # of a process that was killed while it wrote
                 left_over.unlink()
-            write_json(self.directory / "config.json", vars(self.args) | environment(self.world))
+            write_json(self.directory / "config.json", vars(self.args) | environment(self.world) | facts)
             kept = read_log(self.directory / "log.jsonl")[: self.log_lines]
             self.unreadable_logged = {event["reason"] for event in kept if event["event"] == "unreadable"}
             text = "".join(to_json(event) + "\n" for event in kept)

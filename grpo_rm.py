@@ -28,8 +28,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import VisionTransformer
 from tqdm import tqdm
 
@@ -769,6 +771,17 @@ def prepare(policy: Policy, args: argparse.Namespace, world: World):
     return old_policy, model, optimizer, torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")
 
 
+@torch.no_grad()
+def forward_macs(policy: Policy, image_size: int) -> int:
+    """Multiply-accumulates of the policy's forward pass of one image: its convolutions and matrix products, attention's too."""
+    parameter = next(policy.parameters())
+    image = torch.zeros(1, 3, image_size, image_size, dtype=parameter.dtype, device=parameter.device)
+    eager, plain = torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH)  # what the counter can look into
+    with eager, plain, FlopCounterMode(display=False) as counter:
+        policy(image)
+    return counter.get_total_flops() // 2
+
+
 def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args: argparse.Namespace, world: World) -> None:
     """Algorithm 1, and with args.method "finetune" the baseline: the same network, batches and schedule without an old
     policy.
@@ -790,7 +803,7 @@ def train(policy: Policy, loader, validate: Callable[[], dict[str, float]], args
     refresh_every = args.old_policy_every or steps_per_epoch
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
     with Run(args, world, loader, policy=policy, old_policy=old_policy, optimizer=optimizer, scaler=scaler) as run:
-        step = run.start()
+        step = run.start(forward_macs=forward_macs(policy, args.image_size))
         for line in announcement(args, world, steps_per_epoch, last_step):
             run.say(line, file=sys.stdout)
         for epoch in range(run.open_epoch(step), args.epochs):  # line 2

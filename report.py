@@ -497,6 +497,17 @@ def by_hardware(group: Group) -> list[Group]:
     return [Group([run for run in timed if run.hardware == name], group.label) for name in sorted({run.hardware for run in timed})]
 
 
+def macs(config: dict) -> float | None:
+    """Multiply-accumulates of a step's forward passes, as its config.json tells; None where it does not."""
+    passes = 2 if config.get("method") == "grpo_rm" else 1  # the old policy's
+    return config["forward_macs"] * config["batch_size"] * passes if {"forward_macs", "batch_size"} <= config.keys() else None
+
+
+def scientific(number: float | None) -> str:
+    """As the paper prints large numbers: 5.72e11."""
+    return "-" if number is None else f"{number:.2e}".replace("+", "")
+
+
 def cost_cells(group: Group | None, paper: dict) -> tuple[list[str], list[str]]:
     """`compare` of the seconds of an epoch and of the GB at its peak, over all processes."""
     seconds = memory = None
@@ -514,15 +525,16 @@ def cost_table(groups: list[Group]) -> Table | None:
     for dataset, row, group in rows_of(timed, PAPER_COSTS):
         paper = PAPER_COSTS.get(f"{dataset} {row}", {})
         time, memory = cost_cells(group, paper)
-        flops = f"{paper['FLOPs'][0]:.2e}".replace("+", "") if paper else "-"
+        flops = [macs(group.runs[0].config if group else {}), *paper.get("FLOPs", [None])]
         hardware = group.runs[0].hardware if group else "-"
         seeds = ", ".join(str(seed) for seed in sorted(run.seed for run in group.runs)) if group else "-"
-        rows.append([DATASETS.get(dataset, dataset), group.name if group else row_name(row), hardware, seeds, *time, flops, *memory])
-    header = ["dataset", "method", "hardware", "seeds", *compared("time (s)"), "FLOPs paper", *compared("memory (GB)")]
+        rows.append([DATASETS.get(dataset, dataset), group.name if group else row_name(row), hardware, seeds, *time, *map(scientific, flops), *memory])
+    header = ["dataset", "method", "hardware", "seeds", *compared("time (s)"), "FLOPs", "FLOPs paper", *compared("memory (GB)")]
     notes = [
         "Time of an epoch's training, without validation: median over the epochs but for the first, then over seeds. Memory: the peak of "
         "the first process times their number, as the paper's sums over GPUs. Times are comparable on the same hardware only; the "
-        "paper's is 4 A100 or 2 H200. FLOPs are the paper's; ours are not counted."
+        "paper's is 4 A100 or 2 H200. FLOPs: multiply-accumulates of a step's forward passes of a batch, GRPO-RM's two and fine-tuning's "
+        "one; the paper's leave attention out, and count the old policy's pass as a quarter for classification."
     ]
     return Table("table5", "Table 5: time of an epoch and peak memory", header, rows, notes) if rows else None
 

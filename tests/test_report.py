@@ -236,7 +236,7 @@ def test_costs(tmp_path):
     def epochs(*seconds):
         return [{"seconds": s, "peak_memory_gb": 2.0 + i} for i, s in enumerate(seconds)]
 
-    fake_run(tmp_path, "tiny_imagenet", "grpo_rm", 0, 60.0, epochs=epochs(100, 2, 3, 10), world_size=4)
+    fake_run(tmp_path, "tiny_imagenet", "grpo_rm", 0, 60.0, epochs=epochs(100, 2, 3, 10), world_size=4, forward_macs=6e8, batch_size=1024)
     fake_run(tmp_path, "tiny_imagenet", "grpo_rm", 1, 60.0, epochs=epochs(100, 5, 4, 6), world_size=4)
     fake_run(tmp_path, "tiny_imagenet", "grpo_rm", 2, 60.0, epochs=epochs(100, 50, 50), world_size=1)  # other hardware
     fake_run(tmp_path, "tiny_imagenet", "finetune", 0, 60.0, epochs=[{"seconds": s, "peak_memory_gb": None} for s in (9, 1)])
@@ -246,7 +246,7 @@ def test_costs(tmp_path):
     assert row["seeds"] == "0, 1"
     assert [row[f"time (s){part}"] for part in ("", " paper", " diff")] == ["4.00", "10.37", "-6.37"]  # of 3 and 5
     assert [row[f"memory (GB){part}"] for part in ("", " paper", " diff")] == ["16.00", "15.12", "+0.88"]  # 4 processes of 4 GB
-    assert row["FLOPs paper"] == "7.15e11"
+    assert (row["FLOPs"], row["FLOPs paper"]) == ("1.23e12", "7.15e11")  # two passes
     row = row_of(found["table5"], method="Fine-tuning")
     assert (row["time (s)"], row["memory (GB)"], row["memory (GB) diff"]) == ("1.00", "-", "-")
     assert row_of(found["table3"], method="GRPO-RM")["seeds"] == "0, 1, 2"  # scores do not depend on hardware

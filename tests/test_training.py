@@ -16,7 +16,19 @@ import grpo_rm
 import train_cls
 from checkpoint import Meter, means, read_log
 from data import InputError, TrainLoader, draw_shapes_split
-from grpo_rm import ClassificationHead, Policy, VitTiny, World, copy_policy, init_world, learning_rate, load_backbone, train, training_step
+from grpo_rm import (
+    ClassificationHead,
+    Policy,
+    VitTiny,
+    World,
+    copy_policy,
+    forward_macs,
+    init_world,
+    learning_rate,
+    load_backbone,
+    train,
+    training_step,
+)
 
 
 def arguments(*extra: str) -> argparse.Namespace:
@@ -187,6 +199,13 @@ def test_compiled_policies_share_their_code(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "whole" / "config.json").read_text())["compile"] is True
     assert json.loads((tmp_path / "plain" / "config.json").read_text())["compile"] is False  # auto, on a CPU
     grpo_rm.compiled_loss.cache_clear()
+
+
+def test_multiply_accumulates_by_hand():
+    T, D, patch = 26, 96, 14  # tokens of a 70-pixel image, width
+    block = 4 * D * D * T + 2 * 4 * D * D * T + 2 * T * T * D  # query, key, value and output; the MLP; attention
+    expected = 25 * 3 * patch**2 * D + 4 * block + D * 32 + 32 * 10
+    assert forward_macs(small_policy(), 70) == expected
 
 
 def test_learning_rate():
