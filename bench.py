@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_cls
 from checkpoint import check_writable, environment, write_json
-from data import PROTOCOLS, ArgumentParser, Split, TrainLoader, first_line, number, read_image, stage
+from data import PROTOCOLS, ArgumentParser, InputError, Split, TrainLoader, first_line, number, read_image, stage
 from grpo_rm import (
     ClassificationHead,
     Policy,
@@ -158,6 +158,23 @@ def measure_loss(shape: tuple[int, int], repeats: int, world: World, *, compiled
     return {"shape": list(shape)} | times | speed_up | {"eq5_to_eq4": ratio(seconds["fused_eq5"], seconds["fused"])}
 
 
+def kept_per_image(step: Callable[[int], None], images: int) -> float:
+    """Bytes that a step on so many images keeps of one for its backward pass: what half of them adds, without weights."""
+
+    def kept(count: int) -> int:
+        tensors: dict[int, torch.Tensor] = {}  # by the memory that they lie in
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            tensors[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            step(count)
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+
+    return (kept(images) - kept(images // 2)) / (images - images // 2)
+
+
 def measure_steps(setting: Setting, args, world: World) -> dict:
     """Training steps of both methods in turn, on images of noise."""
     image_size, batch_size = setting.image_size, setting.batch_size if world.device.type == "cuda" else setting.cpu_batch_size
@@ -171,7 +188,7 @@ def measure_steps(setting: Setting, args, world: World) -> dict:
     head_class = SegmentationHead if setting.segmentation else ClassificationHead
     fresh_policy = Policy(backbone, head_class(backbone.embed_dim, setting.num_outputs, *head))
 
-    steps, flops, peaks = {}, {}, {}
+    steps, flops, kept, peaks = {}, {}, {}, {}
     for method in ("finetune", "grpo_rm"):
         options = train_cls.parse_args(["--method", method])
         options.amp, options.background_penalty = args.amp, 0.5 if setting.segmentation else 0.0
@@ -180,11 +197,13 @@ def measure_steps(setting: Setting, args, world: World) -> dict:
         policy = copy.deepcopy(fresh_policy).to(world.device)
         old_policy, model, optimizer, scaler = prepare(policy, options, world)
 
-        def step(model=model, old_policy=old_policy, optimizer=optimizer, scaler=scaler, options=options) -> None:
-            training_step(model, old_policy, optimizer, scaler, images, targets, options, world)
+        def step(count=batch_size, model=model, old_policy=old_policy, optimizer=optimizer, scaler=scaler, options=options) -> None:
+            training_step(model, old_policy, optimizer, scaler, images[:count], targets[:count], options, world)
 
-        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-            step()
+        with torch.compiler.set_stance("force_eager"):
+            with FlopCounterMode(display=False) as counter:
+                step()
+            kept[method] = kept_per_image(step, min(16, batch_size))
         flops[method], steps[method] = counter.get_total_flops(), step
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -199,6 +218,7 @@ def measure_steps(setting: Setting, args, world: World) -> dict:
             "images_per_s": batch_size / median,
             "epoch_s": setting.train_images * median / batch_size,
             "matmul_share": flops[method] / median / args.matmul_rate,
+            "kept_gb": kept[method] * setting.batch_size / 1e9,
             "peak_gb": peaks.get(method),
             "paper_epoch_s": setting.paper_s[method],
             "paper_gb": setting.paper_gb[method],
@@ -248,7 +268,7 @@ def step_rows(result: dict) -> list[list[str]]:
         memory = "-" if values["peak_gb"] is None else f"{values['peak_gb']:.1f}"
         relative = show(result["grpo_rm_to_finetune"]) if method == "grpo_rm" else "1"
         here = [f"{result['setting']}, {method}", f"{result['batch_size']} x {result['image_size']}^2", show(values["step_s"], 1, 1000), relative]
-        here += [f"{values['images_per_s']:.0f}", f"{100 * values['matmul_share']:.0f} %", memory, f"{values['epoch_s']:.1f}"]
+        here += [f"{values['images_per_s']:.0f}", f"{100 * values['matmul_share']:.0f} %", f"{values['kept_gb']:.1f}", memory, f"{values['epoch_s']:.1f}"]
         rows.append([*here, f"{values['paper_epoch_s']:g}", f"{values['floor_epoch_s']:.1f}", f"{values['paper_gb']:g}"])
     return rows
 
@@ -290,9 +310,11 @@ def main(argv: list[str] | None = None) -> None:
             steps.append(measure_steps(setting, args, world))
         except torch.OutOfMemoryError:
             print(f"{setting.name}: left out, a batch of {setting.batch_size} does not fit into this GPU", file=sys.stderr)
+    if not steps:
+        raise InputError("no setting fits into this GPU; take a smaller --backbone")
     scaled = "" if world.device.type == "cuda" else f" Scaled down to {args.backbone} and small batches: not comparable with the paper's."
-    print(f"## Training step\n\nEpochs are worked out from the step; the floor is one H200 at 40 % of its bf16 rate.{scaled}\n")
-    header = ["setting", "batch", "step ms", "/ fine-tuning", "images/s", "of matmul rate", "peak GB", "epoch s", "paper: epoch s", "floor: epoch s", "paper: GB"]
+    print(f"## Training step\n\nEpochs are worked out from the step; the floor is one H200 at 40 % of its bf16 rate. Kept: what a batch of the paper's size keeps for its backward pass.{scaled}\n")
+    header = ["setting", "batch", "step ms", "/ fine-tuning", "images/s", "of matmul rate", "kept GB", "peak GB", "epoch s", "paper: epoch s", "floor: epoch s", "paper: GB"]
     print(table(header, [row for result in steps for row in step_rows(result)]))
 
     batch_size = steps[0]["batch_size"]

@@ -19,9 +19,20 @@ def test_bench_writes_what_it_measured(tmp_path, capsys):
         assert step["methods"].keys() == {"finetune", "grpo_rm"}
         assert all(values["matmul_share"] > 0 and values["images_per_s"] > 0 for values in step["methods"].values())
         assert step["grpo_rm_to_finetune"]["min"] > 0
+        assert abs(step["methods"]["grpo_rm"]["kept_gb"] / step["methods"]["finetune"]["kept_gb"] - 1) < 0.1  # the old policy keeps nothing
     assert result["loader"]["images_per_s"]["median"] > 0
     report = capsys.readouterr().out
     assert "## Loss" in report and "| tiny_imagenet, grpo_rm |" in report and "torch" in report.splitlines()[0]
+
+
+def test_what_is_kept_for_the_backward_pass_by_hand():
+    weight = bench.torch.ones(8, 4, requires_grad=True)
+
+    def step(count):
+        hidden = bench.torch.ones(count, 4) @ weight.T  # keeps its input, 16 bytes a row
+        hidden.exp().mul(2).view(-1).sum().backward()  # and its output, 32
+
+    assert bench.kept_per_image(step, 10) == 48
 
 
 def test_ratios_are_taken_within_a_turn():

@@ -1,5 +1,6 @@
 """Segmentation: label maps value by value, real layouts, the head and its chunks, scores against counting, the stages."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -681,3 +682,21 @@ def test_processes_train_the_same_segmenter_and_score_it_equally(tmp_path):
         assert done.returncode == 0, done.stderr
         results.append(json.loads(output.read_text()) | {"output": None})
     assert all(result == results[0] for result in results)
+
+
+def test_compiled_segmentation_is_the_same_up_to_rounding(tmp_path, monkeypatch):
+    """The backbone and the loss are compiled; the head, in pieces, is not."""
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_(self, backend="aot_eager", **options))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    grpo_rm.compiled_loss.cache_clear()
+    torch._dynamo.reset()
+    for flag in ("on", "off"):
+        flags = ["--batch-size", "20", "--epochs", "2", "--lr", "1e-3", "--compile", flag, "--output-dir", str(tmp_path / flag)]
+        train_seg.main([*SCENES, *flags])
+    grpo_rm.compiled_loss.cache_clear()
+    for name in ("backbone.pth", "head.pth"):
+        on, off = (torch.load(tmp_path / flag / name, weights_only=True) for flag in ("on", "off"))
+        torch.testing.assert_close(on, off, atol=1e-3, rtol=0)
+    first = json.loads((tmp_path / "on" / "log.jsonl").read_text().splitlines()[0])
+    assert 0.9 < first["mean_ratio"] < 1.1
