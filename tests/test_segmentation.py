@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 import data
 import eval_knn
 import eval_linear
+import grpo_rm
 import train_cls
 import train_seg
 from data import IGNORE, VOID, InputError, SceneLoader, TrainLoader, draw_scenes_split, flip_scenes, fraction, load_splits, resize_mask
