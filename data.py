@@ -352,9 +352,9 @@ def _imagenet_splits(root: Path) -> tuple[Split, Split]:
                 datasets.ImageNet(str(home), split=split)
         except (OSError, RuntimeError) as error:
             raise InputError(f"imagenet: unpacking the archives in {home} failed: {first_line(error)}") from error
-    for split, left_over in (("train", "*.tar"), ("val", "*.JPEG")):  # torchvision does not go on where it was stopped
-        if next((home / split).glob(left_over), None):
-            raise InputError(f"imagenet: {home / split} was not unpacked to its end; remove it and start again")
+    for split, archive, left_over in zip(("train", "val"), archives[1:], ("*.tar", "*.JPEG"), strict=True):
+        if (home / archive).is_file() and next((home / split).glob(left_over), None):  # torchvision does not go on where it was stopped
+            raise InputError(f"imagenet: {home / split} was not unpacked to its end; remove it, and {archive} is unpacked again")
     return _class_folder_splits(home)
 
 

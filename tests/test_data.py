@@ -127,7 +127,7 @@ def test_decoded_images_are_kept_for_the_next_run(image_folder, tmp_path, monkey
     assert len(list((tmp_path / "cache").glob("*"))) == 4  # and two locks
 
 
-@pytest.mark.parametrize("harm", ["truncated", "not writable", "full"])
+@pytest.mark.parametrize("harm", ["truncated", "not writable", "no locks", "full"])
 def test_a_damaged_or_missing_store_of_decoded_images_changes_nothing(harm, image_folder, tmp_path, monkeypatch, capsys):
     split, _ = load_splits("folder", str(image_folder))
     expected = decoded(split, tmp_path / "cache")
@@ -137,6 +137,12 @@ def test_a_damaged_or_missing_store_of_decoded_images_changes_nothing(harm, imag
         file.write_bytes(whole[:300])
     elif harm == "not writable":
         directory = file / "below a file"
+    elif harm == "no locks":  # as some network file systems
+
+        def refuse(*arguments):
+            raise OSError(38, "Function not implemented")
+
+        monkeypatch.setattr(data.fcntl, "flock", refuse)
     else:
         file.unlink()
 
@@ -150,6 +156,19 @@ def test_a_damaged_or_missing_store_of_decoded_images_changes_nothing(harm, imag
     if harm == "truncated":
         assert file.read_bytes() == whole
     assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def test_an_evaluation_finds_what_training_decoded(image_folder, tmp_path, monkeypatch):
+    split, _ = load_splits("folder", str(image_folder))
+    decoded(split, tmp_path / "cache")
+    expected = EvalLoader(split, CLASSIFICATION["folder"], 28, 5, CPU, 2).samples.resident
+    reads = []
+    real = data.read_image
+    monkeypatch.setattr(data, "read_image", lambda name: reads.append(name) or real(name))
+    split, _ = load_splits("folder", str(image_folder))
+    loader = EvalLoader(split, CLASSIFICATION["folder"], 28, 5, CPU, 2, str(tmp_path / "cache"))
+    assert len(reads) == 1  # for the shapes
+    assert all(torch.equal(a, b) for a, b in zip(loader.samples.resident, expected, strict=True))
 
 
 def decode_in_process(root, directory, output):
@@ -204,6 +223,16 @@ def test_imagenet_in_a_sub_directory_and_from_missing_archives(image_folder, tmp
     assert (len(train), len(val)) == (18, 6)
     with pytest.raises(InputError, match=r"ILSVRC2012_img_train\.tar"):
         load_splits("imagenet", str(tmp_path))
+
+
+@pytest.mark.parametrize(("split", "left_over"), [("train", "n01440764.tar"), ("val", "ILSVRC2012_val_00000001.JPEG")])
+def test_imagenet_that_was_not_unpacked_to_its_end(split, left_over, image_folder):
+    """torchvision takes what is there for the whole."""
+    (image_folder / split / left_over).touch()
+    assert len(load_splits("imagenet", str(image_folder))[0]) == 18  # somebody's own folders: no archive
+    (image_folder / f"ILSVRC2012_img_{split}.tar").touch()
+    with pytest.raises(InputError, match=f"{split} was not unpacked to its end"):
+        load_splits("imagenet", str(image_folder))
 
 
 def test_pad_crop_flip_against_a_loop():
