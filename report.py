@@ -720,6 +720,7 @@ def draw_curves(groups: list[Group], panels: dict, title: str, path: Path) -> Pa
         typical = statistics.median(sizes)
         if scale == "linear" and max(sizes) > 100 * typical > 0:  # one run that blew up would flatten the others
             axis.set_yscale("symlog", linthresh=typical, linscale=2)
+            axis.yaxis.get_major_locator().set_params(numticks=7)
     handles = [plt.Line2D([], [], linewidth=2, label=name, **style) for name, style in styles.items() if name in drawn]
     draw_legend(figure, handles)
     return save_figure(figure, title, path)
@@ -732,22 +733,25 @@ def draw_ablation(groups: list[Group], path: Path) -> Path | None:
         return None
     shades = {"grpo_rm none": ("#e0e0e0", "black"), "grpo_rm eq5": ("#8fb3d1", "black"), "grpo_rm": ("#2f6aa8", "white")}
     datasets = list(dict.fromkeys((group.dataset, group.task) for group in groups))
-    figure, axes = grid(len(datasets), columns=3)
-    diamonds = []
+    figure, axes = grid(len(datasets), columns=2)
+    diamonds, longest = [], 0
     for axis, (dataset, task) in zip(axes, datasets, strict=True):
         members = sorted((g for g in groups if (g.dataset, g.task) == (dataset, task)), key=lambda g: list(REWARDS).index(g.row))
-        for x, group in enumerate(members):
+        for y, group in enumerate(members):
             values = list(group.scores("eval_linear", ablation_score(task)).values())
             colour, ink = shades[group.row]
             deviation = statistics.stdev(values) if len(values) > 1 else None
-            axis.bar(x, statistics.mean(values), yerr=deviation, color=colour, edgecolor="black", width=0.7, capsize=5)
-            axis.annotate(with_deviation(values).replace(" ± ", "\n± "), (x, 0), (0, 4), textcoords="offset points", ha="center", color=ink)
+            axis.barh(y, statistics.mean(values), xerr=deviation, color=colour, edgecolor="black", height=0.7, capsize=5)
+            axis.annotate(with_deviation(values), (0, y), (4, 0), textcoords="offset points", va="center", color=ink)
             printed = PAPER_ABLATION.get(f"{dataset} {group.row}", {}).get("score")
             if printed:
-                diamonds = axis.plot(x, printed[0], "D", color="white", markeredgecolor="black", label="the paper's")
-        names = [REWARDS[group.row].replace(" (GRPO-RM)", "") + "\n" + group.label.replace(", ", "\n") for group in members]
-        axis.set_xticks(range(len(members)), names)
-        axis.set(title=DATASETS.get(dataset, dataset), ylabel=f"{ablation_score(task)} (%)")
+                diamonds = axis.plot(printed[0], y, "D", color="white", markeredgecolor="black", label="the paper's")
+        names = [", ".join(filter(None, [REWARDS[group.row].replace(" (GRPO-RM)", ""), group.label])) for group in members]
+        axis.set_yticks(range(len(members)), names)
+        longest = max(longest, *map(len, names))
+        axis.invert_yaxis()
+        axis.set(title=DATASETS.get(dataset, dataset), xlabel=f"{ablation_score(task)} (%)")
+    figure.set_figwidth(figure.get_figwidth() + min(2, len(datasets)) * 0.07 * longest)  # inches a letter, beside the bars
     if diamonds:
         figure.legend(handles=diamonds, loc="outside lower center", frameon=False)
     return save_figure(figure, "Uniformity reward", path)
