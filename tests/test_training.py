@@ -313,10 +313,10 @@ def test_checkpoints_within_an_epoch_come_by_the_clock(tmp_path, monkeypatch):
     original = checkpoint.Run.save
     monkeypatch.setattr(checkpoint.Run, "save", lambda self, step: saved.append(step) or original(self, step))
     run(tmp_path / "often", "--epochs", "1", "--checkpoint-minutes", "0")
-    assert saved == [1, 2, 3, 3]  # and the epoch's end
+    assert saved == [1, 2, 3, 3, 3]  # and at the epoch's end, before its validation and after it
     saved.clear()
     run(tmp_path / "seldom", "--epochs", "1")
-    assert saved == [3]
+    assert saved == [3, 3]
 
 
 def test_what_a_run_leaves_behind(tmp_path):
