@@ -31,6 +31,11 @@ NEUTRAL = set(
 )
 
 
+def neutral(settings: dict) -> set[str]:
+    """NEUTRAL, but for the directory of a `folder` set: it is what names the data."""
+    return NEUTRAL - {"data_root"} if settings.get("dataset") == "folder" else NEUTRAL
+
+
 def check_writable(path: Path) -> None:
     """InputError unless a file can be put at `path`, whose directory may not be there yet."""
     parent = next(parent for parent in path.absolute().parents if parent.exists())
@@ -250,9 +255,10 @@ class Run:
     def start(self, **facts) -> int:
         """Restore the parts from the checkpoint, where args.resume asks for it and there is one; write config.json, with the
         `facts`; drop the log's lines from after that checkpoint, which will come again. Returns the step to go on from. Raises InputError."""
-        if not self.args.resume and (self.newest.exists() or self.previous.exists()):
+        saved = self.newest.exists() or self.previous.exists()
+        if saved and not self.args.resume:
             raise InputError(f"--output-dir {self.directory} already holds a run; add --resume to go on with it, or choose another")
-        if (self.directory / "backbone.pth").exists() and not (self.newest.exists() or self.previous.exists()):
+        if not saved and (self.directory / "backbone.pth").exists():
             raise InputError(f"--output-dir {self.directory} holds a finished run without its checkpoints; choose another")
         check_writable(self.newest)
         state = self._newest_state() if self.args.resume else None
@@ -285,8 +291,7 @@ class Run:
                 self.say(f"warning: {path} does not load ({first_line(error)}); looking for the one before it")
                 continue
             for name, value in vars(self.args).items():
-                same_data = name == "data_root" and self.args.dataset == "folder"  # there the directory is what names the data
-                if (name not in NEUTRAL or same_data) and value != before[name]:
+                if name not in neutral(vars(self.args)) and value != before[name]:
                     flag = "--" + name.replace("_", "-")
                     raise InputError(f"--resume: {flag} is {value}, but {before[name]} in {self.directory}; give the same or another --output-dir")
             return state

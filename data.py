@@ -772,6 +772,11 @@ def decode_scene(split: SceneSplit, sides: list[int], map_size: int | None) -> D
     return decode
 
 
+def scene_recipe(split: SceneSplit, sides: list[int], map_size: int | None) -> str:
+    """As labelled_recipe, of decode_scene."""
+    return f"scenes {sides} {map_size} {len(split.classes)}"
+
+
 def decoded_cache(split: Split | SceneSplit, recipe: str, directory: str | None) -> Path | None:
     """The file that keeps the decoded samples of `split` in `directory` (None: $GRPO_RM_CACHE, else ~/.cache/grpo-rm; "off":
     nowhere), named after the recipe and the path, size and date of every source file. None where there are no files, as
@@ -977,7 +982,7 @@ class TrainLoader:
         resized_crop = protocol.resized_crop and augment
         self.pad = 0 if resized_crop else side // 8  # 4 pixels for CIFAR, 8 for Tiny-ImageNet
         if isinstance(split, SceneSplit):
-            decode, recipe = decode_scene(split, [image_size], map_size), f"scenes {[image_size]} {map_size} {len(split.classes)}"
+            decode, recipe = decode_scene(split, [image_size], map_size), scene_recipe(split, [image_size], map_size)
             sample_bytes = 3 * image_size**2 + map_size**2
         else:
             decode, recipe = decode_labelled(split, side, resized_crop=resized_crop), labelled_recipe(split, side)
@@ -1074,7 +1079,7 @@ class SceneLoader:
         resident = False
         if map_size and not stream:
             resident = len(split) * (sum(3 * side**2 for side in sides) + map_size**2) <= RESIDENT_BYTES
-        cache = decoded_cache(split, f"scenes {sides} {map_size} {len(split.classes)}", cache_dir) if resident else None
+        cache = decoded_cache(split, scene_recipe(split, sides, map_size), cache_dir) if resident else None
         self.samples = Samples(len(split), decode_scene(split, sides, map_size), world, workers, resident=resident, cache=cache)
 
     def fetch(self, batches: list[torch.Tensor]) -> Iterator[tuple]:

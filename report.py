@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 from scipy import stats
 
-from checkpoint import NEUTRAL, read_log
+from checkpoint import neutral, read_log
 from data import ArgumentParser, InputError, draw_panels, first_line, stage
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -243,8 +243,8 @@ def settings_of(files: dict[str, dict], method: str) -> dict[tuple[str, str], ob
     settings = {}
     for file, values in files.items():
         # Where a run started from and where it was stopped matter here, though not to a run that is resumed.
-        kept = {"weights", "max_steps"} | ({"data_root"} if values.get("dataset") == "folder" else set()) if file == "config" else set()
-        ignored = (NEUTRAL - kept) | NAMED | MEASURED
+        kept = {"weights", "max_steps"} if file == "config" else set()
+        ignored = (neutral(values) - kept) | NAMED | MEASURED
         settings |= {(file, key): value for key, value in values.items() if key not in ignored}
     if method == "frozen":  # judged as it was, where a run would start from
         settings["config", "weights"] = next(iter(files.values())).get("weights")

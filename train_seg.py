@@ -83,8 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     loader = TrainLoader(train_split, protocol, args.image_size, args.batch_size, world, args.workers, **options)
     mine = torch.arange(len(val_split)).split(16)[world.rank :: world.size]  # whole batches: the same for any number of processes
     val_scenes = val_split.subset(torch.cat(mine).numpy() if mine else [])
-    options = {"cache_dir": args.decoded_cache}  # no stand-ins for what cannot be read: each scene counts once
-    val_loader = SceneLoader(val_scenes, [args.image_size], args.map_size, world, args.workers, **options)
+    # No stand-ins for what cannot be read: each scene counts once.
+    val_loader = SceneLoader(val_scenes, [args.image_size], args.map_size, world, args.workers, cache_dir=args.decoded_cache)
     val_batches = list(torch.arange(len(val_scenes)).split(16)) if mine else []
     train(policy, loader, lambda: head_scores(policy, val_loader, val_batches, num_classes, args.amp, world), args, world)
 

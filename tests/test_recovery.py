@@ -95,11 +95,15 @@ def test_deterministic_runs_and_their_continuation_are_equal_to_the_bit(device, 
     assert "vit.encoder.pos_embedding" not in changed and "vit.class_token" in changed
 
 
+def two_processes(*flags) -> subprocess.Popen:
+    """train_cls.py under torchrun, left running."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train_cls.py")]
+    return subprocess.Popen([*launch, *map(str, flags)], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+
+
 def test_a_process_that_hangs_does_not_keep_the_others_waiting(tmp_path):
     """One of two workers is frozen: the other gives up after --timeout-minutes, in one line."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train_cls.py"), *RUN]
-    command = [*launch, "--epochs", "1000", "--timeout-minutes", "0.1", "--output-dir", str(tmp_path)]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    process = two_processes(*RUN, "--epochs", "1000", "--timeout-minutes", "0.1", "--output-dir", tmp_path)
     wait_for(lambda: len(read_log(tmp_path / "log.jsonl")) > 3, process)
     frozen = children(process.pid)[-1]
     os.kill(frozen, signal.SIGSTOP)
@@ -118,10 +122,7 @@ def test_sigterm_to_torchrun_saves_on_all_ranks_and_resumes_exactly(mode, tmp_pa
     """The real thing: a signal to the launcher, which passes it on to the process groups of the workers, and so to all that is
     in them; then the same command again."""
     flags = [*RUN, "--epochs", "40", "--input", mode]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train_cls.py"), *flags]
-    process = subprocess.Popen(
-        [*launch, "--output-dir", str(tmp_path / "stopped"), "--resume"], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
-    )
+    process = two_processes(*flags, "--output-dir", tmp_path / "stopped", "--resume")
     wait_for(lambda: len(read_log(tmp_path / "stopped" / "log.jsonl")) > 3, process)
     process.send_signal(signal.SIGTERM)
     errors = process.communicate(timeout=60)[1]
@@ -137,9 +138,7 @@ def test_sigterm_to_torchrun_saves_on_all_ranks_and_resumes_exactly(mode, tmp_pa
 
 def test_a_signal_to_one_rank_stops_all_at_one_step(tmp_path):
     """SIGUSR1, as Slurm can send it to a single process."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train_cls.py"), *RUN]
-    command = [*launch, "--epochs", "40", "--output-dir", str(tmp_path)]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    process = two_processes(*RUN, "--epochs", "40", "--output-dir", tmp_path)
     wait_for(lambda: len(read_log(tmp_path / "log.jsonl")) > 3, process)
     os.kill(children(process.pid)[-1], signal.SIGUSR1)
     errors = process.communicate(timeout=60)[1]
