@@ -503,9 +503,11 @@ def macs(config: dict) -> float | None:
     return config["forward_macs"] * config["batch_size"] * passes if {"forward_macs", "batch_size"} <= config.keys() else None
 
 
-def scientific(number: float | None) -> str:
-    """As the paper prints large numbers: 5.72e11."""
-    return "-" if number is None else f"{number:.2e}".replace("+", "")
+def compare_macs(ours: float | None, paper: float | None) -> list[str]:
+    """As `compare`, of large numbers: 5.72e11, as the paper prints them."""
+    cells = ["-" if number is None else f"{number:.2e}" for number in (ours, paper)]
+    cells.append("-" if ours is None or paper is None else f"{ours - paper:+.2e}")
+    return [cell.replace("e+", "e") for cell in cells]
 
 
 def cost_cells(group: Group | None, paper: dict) -> tuple[list[str], list[str]]:
@@ -525,11 +527,11 @@ def cost_table(groups: list[Group]) -> Table | None:
     for dataset, row, group in rows_of(timed, PAPER_COSTS):
         paper = PAPER_COSTS.get(f"{dataset} {row}", {})
         time, memory = cost_cells(group, paper)
-        flops = [macs(group.runs[0].config if group else {}), *paper.get("FLOPs", [None])]
+        flops = compare_macs(macs(group.runs[0].config if group else {}), *paper.get("FLOPs", [None]))
         hardware = group.runs[0].hardware if group else "-"
         seeds = ", ".join(str(seed) for seed in sorted(run.seed for run in group.runs)) if group else "-"
-        rows.append([DATASETS.get(dataset, dataset), group.name if group else row_name(row), hardware, seeds, *time, *map(scientific, flops), *memory])
-    header = ["dataset", "method", "hardware", "seeds", *compared("time (s)"), "FLOPs", "FLOPs paper", *compared("memory (GB)")]
+        rows.append([DATASETS.get(dataset, dataset), group.name if group else row_name(row), hardware, seeds, *time, *flops, *memory])
+    header = ["dataset", "method", "hardware", "seeds", *compared("time (s)"), *compared("FLOPs"), *compared("memory (GB)")]
     notes = [
         "Time of an epoch's training, without validation: median over the epochs but for the first, then over seeds. Memory: the peak of "
         "the first process times their number, as the paper's sums over GPUs. Times are comparable on the same hardware only; the "

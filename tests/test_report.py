@@ -246,7 +246,7 @@ def test_costs(tmp_path):
     assert row["seeds"] == "0, 1"
     assert [row[f"time (s){part}"] for part in ("", " paper", " diff")] == ["4.00", "10.37", "-6.37"]  # of 3 and 5
     assert [row[f"memory (GB){part}"] for part in ("", " paper", " diff")] == ["16.00", "15.12", "+0.88"]  # 4 processes of 4 GB
-    assert (row["FLOPs"], row["FLOPs paper"]) == ("1.23e12", "7.15e11")  # two passes
+    assert [row[f"FLOPs{part}"] for part in ("", " paper", " diff")] == ["1.23e12", "7.15e11", "+5.14e11"]  # two passes
     row = row_of(found["table5"], method="Fine-tuning")
     assert (row["time (s)"], row["memory (GB)"], row["memory (GB) diff"]) == ("1.00", "-", "-")
     assert row_of(found["table3"], method="GRPO-RM")["seeds"] == "0, 1, 2"  # scores do not depend on hardware
