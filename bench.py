@@ -34,6 +34,7 @@ from grpo_rm import (
     SegmentationHead,
     World,
     add_model_arguments,
+    compiled_loss,
     grpo_rm_loss,
     init_world,
     load_backbone,
@@ -103,12 +104,14 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
 
 
 def take_turns(runs: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each run in each of `repeats` turns, after two turns to warm up."""
+    """Seconds of each run in each of `repeats` turns, after one turn to warm up. A run comes twice and the second is timed: what
+    the first finds in the cache, and in the allocator, depends on the one before it."""
     seconds = {name: [] for name in runs}
-    for turn in range(2 + repeats):
-        for name in list(runs)[:: 1 if turn % 2 else -1]:  # forth and back: what a run finds in the cache depends on the one before it
-            taken = seconds_of(runs[name], device)
-            if turn >= 2:
+    for turn in range(1 + repeats):
+        for name, run in runs.items():
+            run()
+            taken = seconds_of(run, device)
+            if turn:
                 seconds[name].append(taken)
     return seconds
 
@@ -145,11 +148,11 @@ def measure_loss(shape: tuple[int, int], repeats: int, world: World, *, compiled
         (logits.grad,) = torch.autograd.grad(loss, logits)
 
     runs = {"plain": lambda: run(fused=False), "fused": run, "fused_eq5": lambda: run(uniformity="eq5")}
-    compiled_loss = torch.compile(grpo_rm_loss, dynamic=False)
+    loss_function = compiled_loss(shape[0] < 8000)
     try:
         if compiled:
-            run(compiled_loss)
-            runs["compiled"] = lambda: run(compiled_loss)
+            run(loss_function)
+            runs["compiled"] = lambda: run(loss_function)
     except Exception as error:  # no compiler, or one that cannot: it may raise anything
         print(f"{shape}: compiled form left out ({first_line(error)})", file=sys.stderr)
     seconds = take_turns(runs, repeats, world.device)

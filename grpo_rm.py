@@ -166,14 +166,15 @@ def grpo_rm_loss(
         raise ValueError(f"weighting {weighting!r}: choose uniform or policy")
     if uniformity not in ("eq4", "eq5", "none"):
         raise ValueError(f"uniformity {uniformity!r}: choose eq4, eq5 or none")
-    if fused:
-        options = (clip_eps, uniformity, accuracy_weight, uniformity_weight, background_penalty, weighting == "policy", ratio_floor)
-        loss, *values = FusedLoss.apply(logits, old_logits.detach(), targets, targets != ignore_index, members, *options)
-        return loss, {"loss": loss.detach()} | dict(zip(STATISTICS, values, strict=True))
-    if logits.dim() == 4:
-        logits, old_logits = (maps.movedim(1, -1).flatten(0, 2) for maps in (logits, old_logits))  # (N, G)
+    channels_last = logits.dim() == 4 and logits.is_contiguous(memory_format=torch.channels_last)  # as SegmentationHead leaves them
+    if channels_last or (logits.dim() == 4 and (not fused or torch.compiler.is_compiling())):  # (N, G), the first without a copy
+        logits, old_logits = (maps.movedim(1, -1).flatten(0, 2) for maps in (logits, old_logits))
         targets = targets.flatten()
         members = members if members is None else members.movedim(1, -1).flatten(0, 2)
+    if fused:
+        options = (clip_eps, uniformity, accuracy_weight, uniformity_weight, background_penalty, weighting == "policy", ratio_floor)
+        loss, values = FusedLoss.apply(logits, old_logits.detach(), targets, targets != ignore_index, members, *options)
+        return loss, {"loss": loss.detach()} | dict(zip(STATISTICS, values.unbind(), strict=True))
     N, G = logits.shape
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
 
@@ -235,21 +236,22 @@ class FusedLoss(torch.autograd.Function):
     gives its target 2 q_k - (1 - q_k)/(c - 1) more. The ratio floor is log p - log(q + F/c).
 
     The group is dimension 1, of samples and maps alike. A CPU goes through the batch in pieces that stay in its cache, in
-    place in four buffers; a GPU takes pieces only to bound the memory.
+    place in four buffers; a GPU takes pieces only to bound the memory. Compiled, it is one kernel that reads both logits and
+    writes the gradient, and a few that add up what it found in each sample.
     """
 
     @staticmethod
     def forward(ctx, logits, old_logits, targets, valid, members, *options):
         """logits, old_logits (N, G) or (B, G, H, W); targets, valid (N,) or (B, H, W); members (N, K), (B, K, H, W) or None
-        -> loss, then STATISTICS."""
+        -> loss, then STATISTICS in one tensor."""
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         new = functools.partial(torch.empty, dtype=dtype, device=logits.device)
         count = valid.sum().clamp(min=1)
         gradient = new(logits.shape)  # not in half precision: fp16's smallest number is above most of it
         cached = logits.device.type == "cpu" and not torch.compiler.is_compiling()
-        pieces = batch_pieces(logits.shape, 2**18 if cached else 2**26)
+        pieces = [(slice(None),)] if torch.compiler.is_compiling() else batch_pieces(logits.shape, 2**18 if cached else 2**26)
         buffers = [new(max(gradient[piece].numel() for piece in pieces)) for _ in range(4)] if pieces else []
-        sums, peaks = [new(6).zero_()], [new(()).zero_()]
+        sums, peaks = [], []
         for piece in pieces:
             samples = (piece[0], *piece[2:])  # the same piece of a tensor without the group's dimension
             fill = not (cached and valid[samples].all())  # a GPU is not asked: the host would wait for it
@@ -257,14 +259,13 @@ class FusedLoss(torch.autograd.Function):
             piece_sums, peak = fused_piece(*inputs, gradient[piece], buffers, fill, logits.numel(), count, *options)
             sums.append(piece_sums)
             peaks.append(peak)
-        loss, hits, clipped, ratios, kl, entropy = torch.stack(sums).sum(0, dtype=torch.float64)
-        outputs = count * (logits if members is None else members).shape[1]
-        values = [hits / count, clipped / outputs, ratios / outputs, kl / count, entropy / count, torch.stack(peaks).amax()]
-        values = [value.to(dtype, copy=True) for value in values]  # no views of one tensor
+        means = torch.cat(sums, 1).sum(1, dtype=torch.float64) / count if pieces else new(6).zero_()
+        peak = torch.cat(peaks).amax(0, keepdim=True) if pieces else new(1).zero_()
+        values = torch.cat([means[1:], peak]).to(dtype)
         ctx.save_for_backward(gradient)
         ctx.dtype = logits.dtype
-        ctx.mark_non_differentiable(*values)
-        return loss.to(dtype, copy=True), *values
+        ctx.mark_non_differentiable(values)
+        return means[0].to(dtype, copy=True), values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -288,15 +289,18 @@ def fused_piece(
     logits, old_logits, targets, valid, members, gradient, buffers, fill, numel, count,
     clip_eps, uniformity, accuracy_weight, uniformity_weight, background_penalty, by_policy, ratio_floor,
 ):  # fmt: skip
-    """FusedLoss on a piece of the batch, whose logits have `numel` numbers and `count` valid samples. Writes `gradient`;
-    returns the piece's part of the loss, its sums of correct samples, clipped outputs, rho, KL(q || p) and entropy, and its
-    largest rho. An underscore at the end of a name: it works in place, and its tensor's old name no longer holds."""
+    """FusedLoss on a piece of the batch, whose logits have `numel` numbers and `count` valid samples. Writes `gradient`.
+
+    Returns two tensors whose columns are to be summed and to be compared: (6, n) of the loss, the correct samples, the shares of
+    clipped outputs, the means of rho, KL(q || p) and entropy; and (n,) of the largest rho. n is the number of samples in compiled
+    code (see `total`), 1 for the sums otherwise. An underscore at the end of a name: it works in place, and its tensor's old
+    name no longer holds."""
     G = logits.shape[1]
     log_p, log_q, p, q = (buffer[: logits.numel()].view(logits.shape) for buffer in buffers)
     shift_(old_logits, log_q)
     shift_(logits, log_p)
-    place = torch.arange(G, 0, -1, dtype=p.dtype, device=p.device).view(-1, *[1] * (p.dim() - 2))
-    predictions = G - torch.eq(log_p, 0, out=p).mul_(place).amax(1, keepdim=True)  # argmax is several times slower
+    outputs = torch.arange(G, dtype=p.dtype, device=p.device).view(-1, *[1] * (p.dim() - 2))
+    predictions = G - torch.eq(log_p, 0, out=p).mul_(G - outputs).amax(1, keepdim=True)  # argmax is several times slower
     lowest = torch.finfo(p.dtype).min / 8 / numel  # for any finite logits, log-probabilities and their sums are finite
     softmax_(log_q, q, lowest)
     softmax_(log_p, p, lowest)
@@ -305,26 +309,28 @@ def fused_piece(
     if fill:  # a void sample has p = q = p/q = 0: it adds nothing to any sum
         for x, value in ((p, 0), (q, 0), (log_p, -2000), (log_q, -1000)):
             x.masked_fill_(~valid, value)
-    hits, entropy = ((predictions == k) & valid).sum(), -dot(p, log_p)
+    hits, entropy = total((predictions == k) & valid), -total(p, log_p)
 
     if ratio_floor:
-        kl = dot(q, log_q.sub_(log_p))
+        kl = total(q, log_q.sub_(log_p))
         log_p.sub_(torch.add(q, ratio_floor / G, out=log_q).log_())
     else:
-        kl = -dot(q, log_p.sub_(log_q))
+        kl = -total(q, log_p.sub_(log_q))
     ratio, rewards = log_p.clamp_(max=80).exp_(), log_q
     K = G
     if members is not None:  # the group is these outputs; the others have p/q = 0, A = 0 and the weight 0
         K, chosen = members.shape[1], torch.zeros_like(ratio).scatter_(1, members, 1)
         ratio.mul_(chosen)
-    ratio_sum, peak = ratio.sum(), ratio.amax()
+    ratio_sum, peak = total(ratio), ratio.amax(1).flatten()
 
-    q_k = q.gather(1, k)
-    bonus = torch.full_like(q_k, accuracy_weight * G)
+    slope, constant = 0.0, accuracy_weight * G  # what the target's reward has more is affine in q_k
     if uniformity == "eq5":
-        bonus += uniformity_weight * (2 * q_k - (1 - q_k) / (G - 1))
-    torch.mul(q, 0 if uniformity == "none" else -uniformity_weight, out=rewards).scatter_add_(1, k, bonus)  # Eq. (6)
-    rewards[:, 0] -= background_penalty * G
+        slope, constant = uniformity_weight * (2 + 1 / (G - 1)), constant - uniformity_weight / (G - 1)
+    torch.mul(q, 0 if uniformity == "none" else -uniformity_weight, out=rewards)  # Eq. (6)
+    if torch.compiler.is_compiling():  # a scatter would end the kernel
+        rewards.add_(torch.where(outputs == k, q * slope + constant, 0)).sub_(torch.where(outputs == 0, background_penalty * G, 0))
+    else:
+        rewards.scatter_add_(1, k, q.gather(1, k).mul_(slope).add_(constant))[:, 0] -= background_penalty * G
     if members is not None:
         rewards.mul_(chosen)
         q.mul_(chosen)
@@ -345,12 +351,13 @@ def fused_piece(
         weights.mul_(q)
     signed_ratio = ratio.mul_(signs)
     surrogate = torch.minimum(signed_ratio, signs.add_(clip_eps), out=signs)
-    loss = -dot(weights, surrogate)
+    loss = -total(weights, surrogate)
     unclipped = surrogate.eq_(signed_ratio)  # m
-    clipped = unclipped.numel() - unclipped.sum()
+    kept = total(unclipped)
+    clipped = unclipped.numel() / len(kept) - kept
     w = F.threshold_(signed_ratio.mul_(unclipped), -0.999 * math.exp(80), 0).mul_(weights)  # rho that was cut off is constant
     torch.sub(p.mul_(w.sum(1, keepdim=True)), w, out=gradient)
-    return torch.stack([loss, hits, clipped, ratio_sum, kl, entropy]), peak
+    return torch.stack([loss * count, hits, clipped / K, ratio_sum / K, kl, entropy]), peak
 
 
 def shift_(logits, shifted) -> None:
@@ -366,9 +373,12 @@ def softmax_(shifted, probs, lowest: float) -> None:
     shifted.sub_(total.log_()).clamp_(min=lowest)
 
 
-def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The sum of the products of all elements, without a tensor of products."""
-    return torch.dot(a.view(-1), b.view(-1))
+def total(a: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
+    """The sum of the elements (of the products of two tensors' elements, without a tensor of products), of shape (1,). In compiled
+    code (n,), a sum for each sample: sums over all of them end the kernel."""
+    if torch.compiler.is_compiling():
+        return (a if b is None else a * b).sum(1).flatten()
+    return (a.sum() if b is None else torch.dot(a.view(-1), b.view(-1))).view(1)
 
 
 def cross_entropy_loss(
@@ -671,9 +681,13 @@ def copy_policy(old_policy: nn.Module, policy: nn.Module) -> None:
 
 
 @functools.cache
-def compiled_loss() -> Callable:
-    """grpo_rm_loss as torch.compile makes it: a GPU then passes over the logits a few times instead of some forty."""
-    return torch.compile(grpo_rm_loss, dynamic=False)
+def compiled_loss(few_samples: bool) -> Callable:
+    """grpo_rm_loss as torch.compile makes it: a GPU then reads the logits of both policies and writes the gradient, once each,
+    instead of some forty passes.
+
+    To occupy the whole GPU, the compiler splits sums wherever there are few of them: those over millions of samples, as it
+    should, but with less than about 8,000 samples also those over a sample's outputs, which would end the kernel each time."""
+    return torch.compile(grpo_rm_loss, dynamic=False, options={"split_reductions": not few_samples})
 
 
 def training_step(model, old_policy, optimizer, scaler, images, targets, args, world, fresh=False, order=None) -> dict[str, torch.Tensor]:
@@ -705,7 +719,7 @@ def training_step(model, old_policy, optimizer, scaler, images, targets, args, w
                 loss, stats = cross_entropy_loss(logits, y, ignore_index=IGNORE)
             else:
                 old_logits = logits.detach() if fresh else old_logits
-                loss_function = compiled_loss() if args.compile is True else grpo_rm_loss
+                loss_function = compiled_loss(y.numel() < 8000) if args.compile is True else grpo_rm_loss
                 loss, stats = loss_function(  # lines 6 to 8
                     logits,
                     old_logits,

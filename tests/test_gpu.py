@@ -10,7 +10,18 @@ from test_objective import CASES, OPTIONS
 import train_cls
 import train_seg
 from data import TrainLoader, draw_shapes_split
-from grpo_rm import ClassificationHead, Policy, SegmentationHead, VitTiny, World, copy_policy, grpo_rm_loss, prepare, training_step
+from grpo_rm import (
+    ClassificationHead,
+    Policy,
+    SegmentationHead,
+    VitTiny,
+    World,
+    compiled_loss,
+    copy_policy,
+    grpo_rm_loss,
+    prepare,
+    training_step,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DEVICE = "cuda"
@@ -40,6 +51,22 @@ def test_the_compiled_loss_equals_the_eager_one(case):
         compiled = torch.compile(grpo_rm_loss, dynamic=False, fullgraph=True)
         found, expected = (loss_and_gradient(function, *CASES[case], **options) for function in (compiled, grpo_rm_loss))
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(1024, 1000), (2, 171, 128, 128)], ids=["samples", "maps"])
+def test_the_compiled_loss_writes_nothing_of_the_logits_size_but_its_gradient(shape):
+    logits, old = (torch.randn(shape, device=DEVICE) for _ in range(2))
+    if len(shape) == 4:  # as the head leaves them
+        logits, old = (x.contiguous(memory_format=torch.channels_last) for x in (logits, old))
+    targets = torch.randint(shape[1], shape[:1] + shape[2:], device=DEVICE)
+    logits.requires_grad_()
+    function = compiled_loss(targets.numel() < 8000)
+    for _ in range(2):  # the first call compiles
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _kept = function(logits, old, targets, ratio_floor=0.1, ignore_index=-100)
+        taken = torch.cuda.max_memory_allocated() - before
+    assert taken < 1.2 * 4 * logits.numel()
 
 
 def two_policies(task: str, amp: str, compiled: str):

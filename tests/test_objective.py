@@ -143,6 +143,7 @@ CASES = {
     "maps": maps_case(),
     "void pixels": with_voids(*maps_case()),
     "extreme maps": with_extremes(*maps_case()),
+    "channels last": [x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in with_voids(*maps_case())],
 }
 
 
@@ -437,21 +438,35 @@ def test_a_group_of_all_outputs_in_any_order_is_the_default(fused):
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
-@pytest.mark.parametrize(("shape", "layout"), [((64, 30), 0), ((2, 7, 12, 12), 0), ((2, 7, 12, 12), 1)], ids=["samples", "maps", "channels last"])
-def test_the_loss_compiles_into_one_or_two_kernels_each_way(shape, layout):
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((64, 30), {"uniformity": "eq5", "background_penalty": 0.5, "ignore_index": 3}),
+        ((64, 30), {"weighting": "policy", "uniformity_weight": 0.3}),
+        ((64, 30), {"members": 5, "uniformity": "none"}),
+        ((2, 7, 12, 12), {"ratio_floor": 0.1, "ignore_index": 3}),
+        ((2, 7, 12, 12), {"ratio_floor": 0.1, "background_penalty": 0.5, "channels_last": True}),
+    ],
+    ids=["Eq. (5)", "policy weighting", "part of the group", "maps", "channels last"],
+)
+def test_the_loss_compiles_into_one_or_two_kernels_each_way(shape, options):
     """With torch.compile's own backend, without a graph break; the same numbers as eager, and rho exactly 1 where q = p."""
     torch._dynamo.reset()
     generator = torch.Generator().manual_seed(0)
     old = torch.randn(shape, generator=generator, dtype=torch.float64)
     logits = old + 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)
-    if layout:  # as convolutions may leave them
+    options = dict(options)
+    if options.pop("channels_last", False):  # as convolutions may leave them
         old, logits = (x.to(memory_format=torch.channels_last) for x in (old, logits))
     logits.requires_grad_()
     targets = torch.randint(shape[1], shape[:1] + shape[2:], generator=generator)
+    if "members" in options:
+        order = torch.stack([torch.randperm(shape[1], generator=generator) for _ in range(len(old))])
+        options["members"] = choose_groups(targets, order, options["members"])
     compiled = torch.compile(grpo_rm_loss, dynamic=False, fullgraph=True)
 
     def both(function):
-        loss, stats = function(logits, old, targets, ratio_floor=0.1)
+        loss, stats = function(logits, old, targets, **options)
         return loss, stats, torch.autograd.grad(loss, logits)[0]
 
     found, code = run_and_get_code(both, compiled)
