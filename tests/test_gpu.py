@@ -6,9 +6,11 @@ import pytest
 import torch
 from conftest import CLASSIFICATION
 from test_objective import CASES, OPTIONS
+from test_training import without_speed
 
 import train_cls
 import train_seg
+from checkpoint import read_log
 from data import TrainLoader, draw_shapes_split
 from grpo_rm import (
     ClassificationHead,
@@ -69,11 +71,11 @@ def test_the_compiled_loss_writes_nothing_of_the_logits_size_but_its_gradient(sh
     assert taken < 1.2 * 4 * logits.numel()
 
 
-def two_policies(task: str, amp: str, compiled: str):
+def two_policies(task: str, amp: str, compiled: str, processes: int = 1):
     """Policy and old policy as train() has them, of different weights, with images (32, 3, 70, 70), targets and arguments."""
     torch.manual_seed(0)
     torch._dynamo.reset()
-    world = World(0, 0, 1, torch.device(DEVICE))
+    world = World(0, 0, processes, torch.device(DEVICE))
     head = ClassificationHead(96, 10) if task == "cls" else SegmentationHead(96, 10, 64, 20)
     policy = Policy(VitTiny(), head).to(DEVICE)
     args = train_cls.parse_args(["--amp", amp, "--ratio-floor", "0"])
@@ -129,11 +131,40 @@ def test_a_run_in_every_precision(method, amp, compiled, tmp_path):
     assert (tmp_path / "backbone.pth").exists()
 
 
-def test_deterministic_segmentation_gives_the_same_bits(tmp_path):
+@pytest.fixture
+def deterministic():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize(("script", "flags"), [(train_cls, [*SHAPES, "--epochs", "2"]), (train_seg, SCENES)], ids=["cls", "seg"])
+def test_a_deterministic_run_twice_or_in_parts_gives_the_same_bits(script, flags, tmp_path):
+    flags = [*flags, "--deterministic", "--log-every", "1"]
+    for name in ("one", "two"):
+        script.main([*flags, "--output-dir", str(tmp_path / name)])
+    parts = [*flags, "--output-dir", str(tmp_path / "parts")]
+    script.main([*parts, "--max-steps", "4"])  # within the second epoch of three steps
+    script.main([*parts, "--resume"])
+    for file in ("backbone.pth", "head.pth"):
+        one, *others = (torch.load(tmp_path / name / file, weights_only=True) for name in ("one", "two", "parts"))
+        assert all(torch.equal(one[key], other[key]) for other in others for key in one)
+    logs = [without_speed(read_log(tmp_path / name / "log.jsonl")) for name in ("one", "two", "parts")]
+    assert logs[0] == logs[1] == logs[2]
+
+
+@pytest.mark.parametrize("task", ["cls", "seg"])
+def test_ddp_of_one_process(task):
+    """Told that there are two, one process has the collectives of DDP, and, as DDP averages, twice the gradient."""
+    backend = "nccl" if DEVICE == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        for name in ("one", "two"):
-            train_seg.main([*SCENES, "--deterministic", "--output-dir", str(tmp_path / name)])
+        sums = []
+        for processes in (1, 2):
+            *_, step = two_policies(task, "off", "off", processes)
+            sums.append(training_step(*step))
     finally:
-        torch.use_deterministic_algorithms(False)
-    one, two = (torch.load(tmp_path / name / "backbone.pth", weights_only=True) for name in ("one", "two"))
-    assert all(torch.equal(one[key], two[key]) for key in one)
+        torch.distributed.destroy_process_group()
+    alone, ddp = sums
+    assert ddp.pop("grad_norm").item() == pytest.approx(2 * alone.pop("grad_norm").item(), rel=1e-3)
+    assert {name: value.item() for name, value in ddp.items()} == pytest.approx({name: value.item() for name, value in alone.items()}, rel=1e-4)
