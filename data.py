@@ -450,9 +450,9 @@ COCO_CLASSES = [name for name in MaskRCNN_ResNet50_FPN_Weights.DEFAULT.meta["cat
 ).split()
 
 
-def _scene_split(classes: list[str], pairs: list[tuple[str, str]], table: np.ndarray, hint: str = "") -> SceneSplit:
-    """Scenes from (image file, mask file); `table` turns a mask's labels into class indices. A split whose masks
-    are all void is refused here: nothing would come of it."""
+def _scene_split(classes: list[str], pairs: list[tuple[str, str]], table: np.ndarray, hint: str = "", least: int = 1) -> SceneSplit:
+    """Scenes from (image file, mask file); `table` turns a mask's labels into class indices. A split whose masks have fewer than
+    `least` classes, or are all void, is refused here: nothing would come of it."""
     files = np.array(pairs)  # an array: a list of strings would be copied into every worker
     images, masks = files.T
     hint = hint or f"labels are 0 to {len(classes) - 1}, and {VOID} for void; correct the mask or the list of classes"
@@ -471,12 +471,17 @@ def _scene_split(classes: list[str], pairs: list[tuple[str, str]], table: np.nda
             raise InputError(f"mask {masks[i]} is {width} x {height}, its image {images[i]} {image.size[0]} x {image.size[1]}; they must be equal")
         return image, mask
 
-    try:
-        void = all((labels(i) == VOID).all() for i in range(len(masks)))
-    except InputError:  # the decoding will say so, or pass over it
-        void = False
-    if void:
-        raise InputError(f"all {len(masks)} masks in {Path(masks[0]).parent} are void ({VOID}) everywhere; nothing can be learned or scored")
+    found: set[int] = set()
+    for i in range(len(masks)):
+        try:
+            found |= set(np.unique(labels(i)).tolist()) - {VOID}
+        except InputError:  # the decoding will say so, or pass over it
+            break
+        if len(found) >= least:
+            break
+    else:
+        content = f"nothing but class {min(found)} and void ({VOID}); two classes are 0 and 1" if found else f"nothing but void ({VOID})"
+        raise InputError(f"all {len(masks)} masks in {Path(masks[0]).parent} have {content}: nothing can be learned or scored")
     return SceneSplit(classes, len(images), read, files)
 
 
@@ -579,9 +584,9 @@ def _mask_folder_splits(root: Path) -> tuple[SceneSplit, SceneSplit]:
             classes = [f"class {i}" for i in range(max(highest) + 1)]
     if not 2 <= len(classes) <= VOID:
         where = root / "classes.txt" if (root / "classes.txt").is_file() else root / "masks"
-        raise InputError(f"{where}: {len(classes)} classes; between 2 and {VOID} are possible, with indices from 0")
+        raise InputError(f"{where}: {len(classes)} classes; between 2 and {VOID} are possible, with indices from 0 ({VOID} is void)")
     table = label_table({i: i for i in (*range(len(classes)), VOID)})
-    return _scene_split(classes, pairs["train"], table), _scene_split(classes, pairs["val"], table)
+    return _scene_split(classes, pairs["train"], table, least=2), _scene_split(classes, pairs["val"], table)
 
 
 def limit(split: Split | SceneSplit, count: int | None) -> Split | SceneSplit:

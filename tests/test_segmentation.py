@@ -180,6 +180,9 @@ def spoil(root: Path, harm: str) -> None:
     elif harm == "empty":
         shutil.rmtree(root / "images" / "val")
         shutil.rmtree(root / "masks" / "val")
+    elif harm == "binary":
+        for file in masks.iterdir():
+            write_mask(file, np.where(np.asarray(Image.open(file)) == 1, VOID, 0))
     elif harm == "void":
         for file in (root / "masks" / "val").iterdir():
             write_mask(file, np.full_like(np.asarray(Image.open(file)), VOID))
@@ -203,7 +206,8 @@ def spoil(root: Path, harm: str) -> None:
         ("rgb", "masks/train/2.png is RGB, not one class index a pixel"),
         ("broken", "masks/train/2.png cannot be read"),
         ("empty", "images/val holds no image"),
-        ("void", "all 4 masks in"),
+        ("void", "masks/val have nothing but void (255): nothing can be learned"),
+        ("binary", "masks/train have nothing but class 0 and void (255); two classes are 0 and 1: nothing can be learned"),
         ("names", "classes.txt: 1 classes"),
         ("twice", "classes.txt names 'sky' twice"),
         ("coding", "classes.txt is not text in UTF-8"),
