@@ -310,12 +310,16 @@ class Run:
             reason = f"the checkpoint in {self.directory} is not of this network ({first_line(error)})"
             raise InputError(f"--resume: {reason}; have the classes or the backbone changed?") from error
         if len(ranks) == self.world.size:
-            mine = ranks[self.world.rank]
-            self.window.sums = {name: value.to(self.world.device) for name, value in mine["window"].items()}
-            self.window_started = time.monotonic() - mine["seconds"]
-            set_random_state(mine["random"])
+            mine = [ranks[self.world.rank]["window"]]
+            set_random_state(ranks[self.world.rank]["random"])
         else:
             self.say(f"warning: the run had {len(ranks)} processes, not {self.world.size}: it will not go on to the last bit")
+            mine = [rank["window"] for rank in ranks]  # the first process takes over what all of them had measured
+            if self.world.rank:
+                mine = [{name: torch.zeros_like(value) for name, value in ranks[0]["window"].items()}]
+        for window in mine:
+            self.window.add({name: value.to(self.world.device) for name, value in window.items()})
+        self.window_started = time.monotonic() - ranks[0]["seconds"]
         self.say(f"resuming {self.directory} at step {step}")
         return step
 

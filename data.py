@@ -109,16 +109,17 @@ def stage(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | Non
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> None:
+        status, message, together = 0, "", False
         try:
             main(argv)
         except KeyboardInterrupt:  # before or after the part of a run that can be saved
             status, message = 130, "interrupted"
-        except Stopped as stopped:
-            status, message = stopped.status, str(stopped)
+        except Stopped as stopped:  # as Diverged, by all ranks together
+            status, message, together = stopped.status, str(stopped), True
         except InputError as error:
             status, message = 2, f"error: {error}"
         except Diverged as error:
-            status, message = 1, f"error: {error}"
+            status, message, together = 1, f"error: {error}", True
         except torch.OutOfMemoryError as error:
             hint = "--grad-accum 2 (4, ...) trains the same in less memory, --recompute-activations too; evaluations take a smaller --batch-size"
             status, message = 1, f"error: {first_line(error)} {hint}"
@@ -127,8 +128,10 @@ def stage(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | Non
                 raise
             status, message = 1, f"error: another process ended or hangs ({first_line(error)}); its own message says why"
         else:
-            if torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
+            together = True
+        if together and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        if not message:
             return
         rank = f" [rank {os.environ.get('RANK', 0)}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         print(f"{Path(sys.argv[0]).name}:{rank} {message}", file=sys.stderr)

@@ -293,7 +293,7 @@ def fused_piece(
 
     Returns two tensors whose columns are to be summed and to be compared: (6, n) of the loss, the correct samples, the shares of
     clipped outputs, the means of rho, KL(q || p) and entropy; and (n,) of the largest rho. n is the number of samples in compiled
-    code (see `total`), 1 for the sums otherwise. An underscore at the end of a name: it works in place, and its tensor's old
+    code (see `summed`), 1 for the sums otherwise. An underscore at the end of a name: it works in place, and its tensor's old
     name no longer holds."""
     G = logits.shape[1]
     log_p, log_q, p, q = (buffer[: logits.numel()].view(logits.shape) for buffer in buffers)
@@ -309,19 +309,19 @@ def fused_piece(
     if fill:  # a void sample has p = q = p/q = 0: it adds nothing to any sum
         for x, value in ((p, 0), (q, 0), (log_p, -2000), (log_q, -1000)):
             x.masked_fill_(~valid, value)
-    hits, entropy = total((predictions == k) & valid), -total(p, log_p)
+    hits, entropy = summed((predictions == k) & valid), -summed(p, log_p)
 
     if ratio_floor:
-        kl = total(q, log_q.sub_(log_p))
+        kl = summed(q, log_q.sub_(log_p))
         log_p.sub_(torch.add(q, ratio_floor / G, out=log_q).log_())
     else:
-        kl = -total(q, log_p.sub_(log_q))
+        kl = -summed(q, log_p.sub_(log_q))
     ratio, rewards = log_p.clamp_(max=80).exp_(), log_q
     K = G
     if members is not None:  # the group is these outputs; the others have p/q = 0, A = 0 and the weight 0
         K, chosen = members.shape[1], torch.zeros_like(ratio).scatter_(1, members, 1)
         ratio.mul_(chosen)
-    ratio_sum, peak = total(ratio), ratio.amax(1).flatten()
+    ratio_sum, peak = summed(ratio), ratio.amax(1).flatten()
 
     slope, constant = 0.0, accuracy_weight * G  # what the target's reward has more is affine in q_k
     if uniformity == "eq5":
@@ -351,9 +351,9 @@ def fused_piece(
         weights.mul_(q)
     signed_ratio = ratio.mul_(signs)
     surrogate = torch.minimum(signed_ratio, signs.add_(clip_eps), out=signs)
-    loss = -total(weights, surrogate)
+    loss = -summed(weights, surrogate)
     unclipped = surrogate.eq_(signed_ratio)  # m
-    kept = total(unclipped)
+    kept = summed(unclipped)
     clipped = unclipped.numel() / len(kept) - kept
     w = F.threshold_(signed_ratio.mul_(unclipped), -0.999 * math.exp(80), 0).mul_(weights)  # rho that was cut off is constant
     torch.sub(p.mul_(w.sum(1, keepdim=True)), w, out=gradient)
@@ -373,7 +373,7 @@ def softmax_(shifted, probs, lowest: float) -> None:
     shifted.sub_(total.log_()).clamp_(min=lowest)
 
 
-def total(a: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
+def summed(a: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
     """The sum of the elements (of the products of two tensors' elements, without a tensor of products), of shape (1,). In compiled
     code (n,), a sum for each sample: sums over all of them end the kernel."""
     if torch.compiler.is_compiling():
@@ -576,7 +576,19 @@ def recompute_activations(backbone: nn.Module) -> None:
     lists = [module for module in backbone.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
     blocks = max(lists, key=lambda module: sum(parameter.numel() for parameter in module.parameters()))
     for block in blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        block.__class__ = _recomputed(type(block))
+
+
+@functools.cache
+def _recomputed(block: type[nn.Module]) -> type[nn.Module]:
+    """A block whose forward pass runs again in the backward pass. A class, not a function in each block: then compiled code fits
+    all blocks, and those of the old policy, which must be computed alike."""
+
+    class Recomputed(block):
+        def forward(self, *inputs):
+            return checkpoint(super().forward, *inputs, use_reentrant=False)
+
+    return Recomputed
 
 
 def check_image_size(backbone: nn.Module, image_size: int) -> None:
@@ -617,8 +629,9 @@ def init_world(device: str = "auto", timeout_minutes: float = 10) -> World:
     if cuda:
         torch.cuda.set_device(device)
     if size > 1:
-        backend = "nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), device_id=device if cuda else None)
+        backend, later = ("nccl", 1) if cuda else ("gloo", 0)  # nccl's watchdog kills without a word: Run's own group is to be first
+        timeout = timedelta(minutes=timeout_minutes + later)
+        dist.init_process_group(backend, timeout=timeout, device_id=device if cuda else None)
     return World(rank, local_rank, size, device)
 
 
@@ -771,6 +784,7 @@ def prepare(policy: Policy, args: argparse.Namespace, world: World):
             old_policy.requires_grad_(False)
         if args.old_policy_dtype == "bf16":
             old_policy.backbone.bfloat16()
+    torch._dynamo.config.optimize_ddp = False  # it cuts the graph of the policy, not the old policy's: both need the same code
     for network in (policy, old_policy) if args.compile else ():
         if network is not None:
             network.compile(dynamic=False)  # in place: no name in a state dict changes; a size always has the same code
@@ -935,8 +949,8 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("model and machine")
     group.add_argument("--backbone", help="dinov2_vit{s,b,l,g}14[_reg], vit_tiny, or any model of --hub-repo; default: dinov2_vits14 (the paper's), vit_tiny for shapes")
     group.add_argument("--hub-repo", help="owner/repo[:ref], or a local directory with the hub code (then weights come from --weights, else they are random); default: DINOv2 at a pinned commit")
-    group.add_argument("--weights", help="state dict of the backbone to start from; every name and shape must match")
-    group.add_argument("--seed", type=number(0, 2**32 - 1, kind=int), default=0, help="seed of weights, batches and augmentation; the paper has 5 runs")
+    group.add_argument("--weights", help="state dict of the backbone, which a run starts from or an evaluation judges; every name and shape must match")
+    group.add_argument("--seed", type=number(0, 2**32 - 1, kind=int), default=0, help="seed of weights, batches and augmentation; the paper has 5 runs. An evaluation takes that of the run that it judges")
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto is cuda where there is one")
     group.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision; auto is bf16 on GPUs that have it, else off")
     group.add_argument("--workers", type=number(0, kind=int), default=min(8, os.cpu_count() or 1), help="decoding threads or processes of each rank")

@@ -238,16 +238,22 @@ def read_scores(path: Path, result: dict, columns: dict[str, str]) -> dict[str, 
     return {column: result[key] for column, key in columns.items()}
 
 
+def origin_of(values: dict) -> set[str]:
+    """The settings that say which weights a run starts from: without a file of weights they come with the hub's code."""
+    return {"weights"} if values.get("weights") else {"weights", "hub_repo"}
+
+
 def settings_of(files: dict[str, dict], method: str) -> dict[tuple[str, str], object]:
     """All that config.json and the result files say and that changes the mathematics, by file and key."""
     settings = {}
     for file, values in files.items():
         # Where a run started from and where it was stopped matter here, though not to a run that is resumed.
-        kept = {"weights", "max_steps"} if file == "config" else set()
+        kept = {"max_steps", *origin_of(values)} if file == "config" else set()
         ignored = (neutral(values) - kept) | NAMED | MEASURED
         settings |= {(file, key): value for key, value in values.items() if key not in ignored}
     if method == "frozen":  # judged as it was, where a run would start from
-        settings["config", "weights"] = next(iter(files.values())).get("weights")
+        values = next(iter(files.values()))
+        settings |= {("config", key): values.get(key) for key in origin_of(values)}
     elif "config" not in files:
         settings["config", "config.json"] = "missing"
     return settings

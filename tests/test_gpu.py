@@ -103,7 +103,7 @@ def test_the_ratio_is_exactly_one_right_after_a_refresh(task, amp, compiled):
 
 
 @EITHER
-@pytest.mark.parametrize("amp", ["off", "bf16"])  # fp16's scaler asks the GPU whether the step counts
+@AMP
 @pytest.mark.parametrize("task", ["cls", "seg"])
 def test_the_host_does_not_wait_within_a_step(task, amp, compiled):
     *_, step = two_policies(task, amp, compiled)

@@ -456,6 +456,21 @@ def test_sigterm_during_validation_loses_nothing(whole, tmp_path, monkeypatch):
     assert same_weights(whole, tmp_path) and log_without_speed(whole) == log_without_speed(tmp_path)
 
 
+def test_fewer_processes_take_over_what_all_had_measured(tmp_path, monkeypatch):
+    """An epoch's last steps are in the checkpoint before its validation, in parts of each process."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    train_cls.main([*RUN, "--epochs", "3", "--output-dir", str(one)])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
+        patch.setattr(train_cls, "head_accuracy", lambda *_: sys.exit("killed"))
+        train_cls.main([*RUN, "--epochs", "3", "--output-dir", str(other)])
+    state = torch.load(other / "checkpoint.pt", weights_only=True)
+    (alone,) = state["ranks"]
+    parts = [{k: v if k == "max_ratio" else share * v for k, v in alone["window"].items()} for share in (0.25, 0.75)]
+    torch.save(state | {"ranks": [alone | {"window": part} for part in parts]}, other / "checkpoint.pt")
+    train_cls.main([*RUN, "--epochs", "3", "--output-dir", str(other), "--resume"])
+    assert same_weights(one, other) and log_without_speed(one) == log_without_speed(other)
+
+
 def test_an_archive_is_checked_first_and_cannot_write_outside(tmp_path):
     served, root = tmp_path / "served", tmp_path / "a" / "b"
     served.mkdir()

@@ -157,6 +157,13 @@ def test_settings_are_never_mixed(tmp_path):
     assert "table3_tests" not in tables(tmp_path)
 
 
+def test_the_hub_is_a_setting_where_the_weights_come_from_it(tmp_path):
+    for name, weights, expected in (("hub", None, ["50.00", "60.00"]), ("file", "pretrained.pth", ["55.00 ± 7.07"])):
+        for seed, repo in enumerate(("facebookresearch/dinov2:a", "me/other")):
+            fake_run(tmp_path / name, "shapes", "grpo_rm", seed, 50.0 + 10 * seed, hub_repo=repo, weights=weights)
+        assert sorted(row["SR"] for row in tables(tmp_path / name)["table3"]) == expected
+
+
 def test_another_evaluation_is_another_setting(tmp_path):
     for seed, epochs in ((0, 50), (1, 10)):
         path = fake_run(tmp_path, "shapes", "frozen", seed, 50.0 + seed) / "eval_linear.json"

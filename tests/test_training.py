@@ -6,10 +6,12 @@ import itertools
 import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import CLASSIFICATION, CPU, TINY, free_port, stderr_of
+from torch._dynamo.backends.distributed import DDPOptimizer
 
 import checkpoint
 import grpo_rm
@@ -190,6 +192,11 @@ def test_compiled_policies_share_their_code(tmp_path, monkeypatch):
     assert same == [True, True]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4  # policies and loss; batches of 40 images and, at the end, of 20
     assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    same.clear()
+    run(tmp_path / "recomputed", "--epochs", "2", "--compile", "--recompute-activations")
+    assert same == [True, True] and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
     run(tmp_path / "parts", "--epochs", "2", "--compile", "on", "--max-steps", "4")
     run(tmp_path / "parts", "--epochs", "2", "--compile", "--resume")
     for name in ("backbone.pth", "head.pth"):
@@ -199,6 +206,23 @@ def test_compiled_policies_share_their_code(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "whole" / "config.json").read_text())["compile"] is True
     assert json.loads((tmp_path / "plain" / "config.json").read_text())["compile"] is False  # auto, on a CPU
     grpo_rm.compiled_loss.cache_clear()
+
+
+def compiled_rank(rank: int, port: int, directory: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    module_compile, cuts = torch.nn.Module.compile, []
+    torch.nn.Module.compile = lambda self, **options: module_compile(self, backend="aot_eager", **options)
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    cut = DDPOptimizer.compile_fn
+    DDPOptimizer.compile_fn = lambda self, *graph: cuts.append(rank) or cut(self, *graph)
+    run(directory, "--compile", "on", "--workers", "1", "--max-steps", "2")
+    Path(directory, f"cuts{rank}.json").write_text(json.dumps(cuts))
+
+
+def test_processes_compile_the_whole_policy(tmp_path):
+    """Cut for DDP's buckets, its code would not be the old policy's, nor, were that compiled first, that of a resumed run."""
+    torch.multiprocessing.spawn(compiled_rank, (free_port(), str(tmp_path)), nprocs=2)
+    assert [json.loads((tmp_path / f"cuts{rank}.json").read_text()) for rank in range(2)] == [[], []]
 
 
 def test_multiply_accumulates_by_hand():
