@@ -39,7 +39,9 @@ def neutral(settings: dict) -> set[str]:
 def check_writable(path: Path) -> None:
     """InputError unless a file can be put at `path`, whose directory may not be there yet."""
     parent = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a directory; name a file")
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"cannot write {path}: {parent} is no directory that can be written to; choose another")
 
 
@@ -90,9 +92,9 @@ def write_json(path: Path, values: dict) -> None:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The events in a log.jsonl, without a last line that a dying process left half-written; [] where there is none."""
+    """The events in a log.jsonl, up to a line that a dying process left half-written; [] where there is none."""
     events = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             events.append(json.loads(line))
         except json.JSONDecodeError:
@@ -115,8 +117,8 @@ def load_state_dict_file(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def load_strictly(module: nn.Module, path: str | Path) -> None:
-    """Load the state dict in `path` into `module`; every name and shape must match, else InputError names the first
-    that does not."""
+    """Load the state dict in `path` into `module`; every name and shape must match and every number be finite, else InputError
+    names the first that does not fit."""
     state, expected = load_state_dict_file(path), module.state_dict()
     complaints = (
         [f"{name} is missing" for name in expected.keys() - state.keys()]
@@ -126,6 +128,7 @@ def load_strictly(module: nn.Module, path: str | Path) -> None:
             for name, tensor in expected.items()
             if name in state and state[name].shape != tensor.shape
         ]
+        + [f"{name} has numbers that are not finite" for name, tensor in state.items() if not tensor.isfinite().all()]
     )
     if complaints:
         more = f" and {len(complaints) - 1} more" if len(complaints) > 1 else ""
@@ -149,7 +152,7 @@ def result_path(args: argparse.Namespace, name: str) -> Path:
     """Where an evaluation's result goes: args.output, else the file `name` beside the weights of a run on the same
     dataset, or in the directory of the frozen baseline. Raises InputError where it cannot be written."""
     config = {} if args.frozen else config_beside(args.weights)
-    beside = config.get("dataset") == args.dataset
+    beside = config.get("dataset") == args.dataset and (args.dataset != "folder" or config.get("data_root") == args.data_root)
     directory = Path(args.weights).parent if beside else Path(f"runs/{args.dataset}/frozen/seed{args.seed or 0}")
     path = Path(args.output) if args.output else directory / name
     if not args.output and config and not beside:
@@ -229,6 +232,7 @@ class Run:
     def __init__(self, args: argparse.Namespace, world, loader, **parts):
         self.args, self.world, self.steps_per_epoch, self.parts = args, world, len(loader), parts
         self.samples, self.unreadable_logged = loader.samples, set()
+        self.data = {"images": loader.samples.count, "classes": list(loader.classes)}
         self.directory = Path(args.output_dir)
         self.newest, self.previous = (self.directory / name for name in ("checkpoint.pt", "checkpoint_previous.pt"))
         self.window, self.epoch_sums, self.lr = Meter(), {}, args.lr  # since the last log line; since the epoch began
@@ -256,10 +260,10 @@ class Run:
         """Restore the parts from the checkpoint, where args.resume asks for it and there is one; write config.json, with the
         `facts`; drop the log's lines from after that checkpoint, which will come again. Returns the step to go on from. Raises InputError."""
         saved = self.newest.exists() or self.previous.exists()
-        if saved and not self.args.resume:
-            raise InputError(f"--output-dir {self.directory} already holds a run; add --resume to go on with it, or choose another")
         if not saved and (self.directory / "backbone.pth").exists():
             raise InputError(f"--output-dir {self.directory} holds a finished run without its checkpoints; choose another")
+        if (saved or (self.directory / "log.jsonl").exists()) and not self.args.resume:
+            raise InputError(f"--output-dir {self.directory} already holds a run; add --resume to go on with it, or choose another")
         check_writable(self.newest)
         state = self._newest_state() if self.args.resume else None
         step = self._restore(state) if state else 0
@@ -272,10 +276,14 @@ class Run:
             for left_over in self.directory.glob(".*.tmp"):  # of a process that was killed while it wrote
                 left_over.unlink()
             write_json(self.directory / "config.json", vars(self.args) | environment(self.world) | facts)
-            kept = read_log(self.directory / "log.jsonl")[: self.log_lines]
+            log = self.directory / "log.jsonl"
+            kept = read_log(log)[: self.log_lines]
+            if len(kept) < self.log_lines and log.exists():
+                os.replace(log, log.with_suffix(".damaged"))
+                self.say(f"warning: {log} is damaged after line {len(kept)} of {self.log_lines}; all of it is kept in {log.stem}.damaged")
             self.unreadable_logged = {event["reason"] for event in kept if event["event"] == "unreadable"}
             text = "".join(to_json(event) + "\n" for event in kept)
-            write_atomically(self.directory / "log.jsonl", lambda file: file.write_text(text))
+            write_atomically(log, lambda file: file.write_text(text))
         return step
 
     def _newest_state(self) -> dict | None:
@@ -294,6 +302,8 @@ class Run:
                 if name not in neutral(vars(self.args)) and value != before[name]:
                     flag = "--" + name.replace("_", "-")
                     raise InputError(f"--resume: {flag} is {value}, but {before[name]} in {self.directory}; give the same or another --output-dir")
+            if state.get("data") != self.data:
+                raise InputError(f"--resume: the training images or the classes are not those of the run in {self.directory}; restore them, or take another --output-dir")
             return state
         if broken:
             raise InputError(f"--resume: {broken} does not load and there is no other; remove it to start from the beginning")
@@ -438,7 +448,7 @@ class Run:
         if self.world.rank == 0:
             state = {name: part.state_dict() if part is not None else None for name, part in self.parts.items()}
             state |= {"step": step, "lr": self.lr, "epoch_sums": self.epoch_sums, "log_lines": self.log_lines}
-            state |= {"ranks": ranks, "args": vars(self.args)}
+            state |= {"ranks": ranks, "args": vars(self.args), "data": self.data}
 
             def write(file: Path) -> None:
                 torch.save(state, file)

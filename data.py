@@ -118,6 +118,8 @@ def stage(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | Non
             status, message, together = stopped.status, str(stopped), True
         except InputError as error:
             status, message = 2, f"error: {error}"
+        except PermissionError as error:
+            status, message = 2, f"error: {error.filename}: permission denied; make it accessible, or name another"
         except Diverged as error:
             status, message, together = 1, f"error: {error}", True
         except torch.OutOfMemoryError as error:
@@ -255,7 +257,7 @@ def load_splits(name: str, root: str | None, *, download: bool = False) -> tuple
     root = data_root(root)
     if not root.is_dir():
         if not download:
-            raise InputError(f"--data-root {root}: no such directory; name the one that holds {name}, or add --download")
+            raise InputError(f"--data-root {root}: no such directory; name the one that holds {'your images' if name == 'folder' else name + ', or add --download'}")
         try:
             root.mkdir(parents=True)
         except OSError as error:
@@ -403,6 +405,8 @@ def read_image(file: str) -> Image.Image:
     """The image in `file` as RGB, also where it is grey or has a palette. Raises InputError naming the file."""
     try:
         with Image.open(file) as image:
+            if image.mode in ("I", "F"):
+                raise ValueError("32-bit numbers, whose range is not known; save it with 8 or 16 bits")
             if image.mode.startswith("I;16"):  # Pillow would cut 16 bits off at 255 instead of scaling them
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
@@ -418,6 +422,8 @@ def read_labels(file: str) -> np.ndarray:
         with Image.open(file) as mask:
             if mask.mode not in ("1", "L", "P", "I") and not mask.mode.startswith("I;16"):
                 raise InputError(f"mask {file} is {mask.mode}, not one class index a pixel; save it as a grey or palette PNG of indices")
+            if mask.format == "JPEG":
+                raise InputError(f"mask {file} is a JPEG, which changes class indices; save it as a grey or palette PNG of indices")
             return np.asarray(mask, dtype=np.int32)
     except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, InputError):
@@ -586,6 +592,8 @@ def _mask_folder_splits(root: Path) -> tuple[SceneSplit, SceneSplit]:
             highest = pool.map(_highest_label, [mask for part in pairs.values() for _, mask in part])
             classes = [f"class {i}" for i in range(max(highest) + 1)]
     if not 2 <= len(classes) <= VOID:
+        for _, mask in pairs["train"][:1]:
+            read_labels(mask)  # one that is no mask of indices is the likely cause
         where = root / "classes.txt" if (root / "classes.txt").is_file() else root / "masks"
         raise InputError(f"{where}: {len(classes)} classes; between 2 and {VOID} are possible, with indices from 0 ({VOID} is void)")
     table = label_table({i: i for i in (*range(len(classes)), VOID)})
@@ -791,11 +799,11 @@ def decoded_cache(split: Split | SceneSplit, recipe: str, directory: str | None)
     for CIFAR and STL-10, which are stored decoded."""
     if split.files is None or directory == "off":
         return None
-    digest = hashlib.sha256(recipe.encode())
+    digest = hashlib.sha256(os.fsencode(recipe))
     for file in split.files.flat:
         with contextlib.suppress(OSError):  # a file that is gone: the decoding will say so
             stat = os.stat(file)
-            digest.update(f"\n{os.path.abspath(file)} {stat.st_size} {stat.st_mtime_ns}".encode())
+            digest.update(os.fsencode(f"\n{os.path.abspath(file)} {stat.st_size} {stat.st_mtime_ns}"))
     home = Path(directory or os.environ.get("GRPO_RM_CACHE") or Path.home() / ".cache" / "grpo-rm")
     return home / f"{digest.hexdigest()[:32]}.npy"
 
@@ -999,6 +1007,7 @@ class TrainLoader:
         resident = not resized_crop and (input_mode == "resident" or (input_mode == "auto" and fits))
         cache = decoded_cache(split, recipe, cache_dir) if resident else None
         self.samples = Samples(len(split), decode, world, workers, resident=resident, cache=cache, skip_unreadable=skip_unreadable)
+        self.classes = split.classes
 
     def __len__(self) -> int:
         """The number of steps in an epoch."""

@@ -296,6 +296,8 @@ def judge_scenes(args: argparse.Namespace, world: World, path: Path) -> None:
     if args.image_size == backbone.patch_size:
         raise InputError(f"--image-size {args.image_size} is a single patch; segmentation needs more of them")
     layers, classes = 4 if args.features == "multiscale" else 1, train_split.classes
+    if layers > (blocks := getattr(backbone, "n_blocks", layers)):
+        raise InputError(f"--features multiscale takes the last {layers} blocks; --backbone {args.backbone} has {blocks}: take --features linear")
     tokens = (args.image_size // backbone.patch_size) ** 2
     gib = len(train_split) * tokens * layers * backbone.embed_dim * 4 / 2**30
     keep = gib <= args.cache_features

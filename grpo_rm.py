@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import VisionTransformer
 from tqdm import tqdm
 
-from checkpoint import NEUTRAL, Meter, Run, config_beside, load_strictly, write_json
+from checkpoint import Meter, Run, config_beside, load_strictly, neutral, write_json
 from data import (
     IGNORE,
     ArgumentParser,
@@ -44,6 +44,7 @@ from data import (
     Protocol,
     SceneSplit,
     Split,
+    data_root,
     first_line,
     limit,
     load_splits,
@@ -277,7 +278,7 @@ class FusedLoss(torch.autograd.Function):
 def batch_pieces(shape: torch.Size, numbers: int) -> list[tuple[slice, ...]]:
     """Indices that cut (N, G), or maps (B, G, H, W), into pieces of at most so many numbers, if one sample or row of
     pixels has no more: along the batch and, where one image has more, along H."""
-    images, whole = max(1, numbers // math.prod(shape[1:])), slice(None)
+    images, whole = max(1, numbers // max(1, math.prod(shape[1:]))), slice(None)
     batch = [slice(i, i + images) for i in range(0, shape[0], images)]
     if len(shape) == 2:
         return [(part, whole) for part in batch]
@@ -343,6 +344,8 @@ def fused_piece(
     else:
         std = torch.mul(centred, centred, out=q).sum(1, keepdim=True).div_(K).sqrt_()
         scale, signs = torch.where(std > 4 * torch.finfo(std.dtype).eps * mean.abs(), 1 / (K * std), 0), q
+    if torch.compiler.is_compiling():  # what gather refuses otherwise
+        scale = torch.where((k >= 0) & (k < G), scale, math.nan)
 
     advantages = centred.mul_(scale * valid / count)  # Eq. (2), by 1/N and by g = 1/c
     torch.sign(advantages, out=signs)
@@ -936,7 +939,7 @@ def frozen_features(args: argparse.Namespace, protocol: Protocol, world: World) 
 
 def write_result(path: Path, args: argparse.Namespace, result: dict) -> None:
     """Write an evaluation's result: the scores and counts in `result`, which weights, which data, and all settings."""
-    settings = {k: v for k, v in vars(args).items() if k not in NEUTRAL or k in ("weights", "hub_repo")}
+    settings = {k: v for k, v in vars(args).items() if k not in neutral(vars(args)) or k in ("weights", "hub_repo")}
     write_json(path, settings | {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()})
 
 
@@ -1058,6 +1061,10 @@ def resolve_model_arguments(args: argparse.Namespace, world: World) -> Protocol:
     args.device = world.device.type
     args.backbone = args.backbone or ("vit_tiny" if args.dataset.startswith("shapes") else "dinov2_vits14")
     args.hub_repo = args.hub_repo or (HUB_REPO if args.backbone in DINOV2 else None)
+    if os.path.isdir(args.hub_repo or ""):  # for stages that are started elsewhere
+        args.hub_repo = os.path.abspath(args.hub_repo)
+    if args.dataset == "folder":  # its directory is its name
+        args.data_root = os.path.abspath(data_root(args.data_root))
     args.image_size = args.image_size or protocol.image_size
     args.amp = resolve_amp(args.amp, world.device)
     return protocol

@@ -337,6 +337,7 @@ def label(group: Group, others: list[Group], root: Path) -> str:
     for (file, key), value in group.settings.items():
         rivals = [other for other in others if matters(key, other)]
         if matters(key, group) and any(other.settings.get((file, key), value) != value for other in rivals):
+            value = Path(value).name if key == "data_root" else value
             parts.setdefault(f"{key} {value}", "" if file == "config" else f" in {file}")  # an evaluation repeats much of config.json
     twins = [other for other in others if other is not group and other.row == group.row and equal_settings(group.settings, other.settings)]
     if twins:

@@ -17,7 +17,8 @@
 #   MODEL_ARGS, TRAIN_ARGS                     flags for every stage, such as "--backbone dinov2_vitb14"; for post-training only
 #   SEG_MODEL_ARGS, SEG_TRAIN_ARGS, SEG_EVAL_ARGS    more of them for segmentation, which override the former
 #
-# A stage whose result file exists is skipped: started again, the chain goes on where it stopped.
+# A stage whose result file exists is skipped, whatever settings it was made with: started again, the chain goes on where it
+# stopped; other settings, or another folder of images, need another OUT.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 

@@ -271,6 +271,13 @@ def test_sixteen_bit_grey_is_scaled(tmp_path):
     assert np.array_equal(pixels, np.arange(256, dtype=np.uint8).reshape(16, 16)[..., None].repeat(3, 2))
 
 
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_numbers_of_unknown_range_are_refused(kind, tmp_path):
+    Image.fromarray(np.ones((4, 4), kind)).save(tmp_path / "deep.tiff")
+    with pytest.raises(InputError, match=r"deep.tiff cannot be read \(32-bit numbers, whose range is not known; save it with 8 or 16 bits"):
+        data.read_image(str(tmp_path / "deep.tiff"))
+
+
 def test_imagenet_validation_is_the_centre_of_a_larger_resize(tmp_path):
     """The shorter side becomes size * 256 / 224, of which the centre is cut out."""
     image = Image.fromarray((np.random.default_rng(0).random((64, 96, 3)) * 255).astype(np.uint8))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections import defaultdict
 
 import pytest
@@ -174,3 +175,13 @@ def test_weights_of_a_run_on_another_dataset_need_an_output(finished_run, image_
     assert "come from a run on another dataset" in stderr_of(capsys, eval_knn.main, *command)
     eval_knn.main([str(part) for part in [*command, "--output", finished_run / "other.json"]])
     assert json.loads((finished_run / "other.json").read_text())["method"] == "grpo_rm"
+
+
+def test_weights_of_a_run_on_another_folder_need_an_output(image_folder, tmp_path, capsys):
+    flags = ["--image-size", "42", "--device", "cpu", "--backbone", "vit_tiny", "--dataset", "folder", "--data-root"]
+    train_cls.main([*flags, str(image_folder), "--batch-size", "6", "--epochs", "1", "--output-dir", str(tmp_path / "run")])
+    shutil.copytree(image_folder, tmp_path / "other")
+    weights = ["--weights", str(tmp_path / "run" / "backbone.pth")]
+    assert "come from a run on another dataset" in stderr_of(capsys, eval_knn.main, *flags, tmp_path / "other", *weights)
+    eval_knn.main([*flags, os.path.relpath(image_folder), *weights])  # the same, by another name
+    assert json.loads((tmp_path / "run" / "eval_knn.json").read_text())["data_root"] == str(image_folder)

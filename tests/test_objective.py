@@ -472,5 +472,7 @@ def test_the_loss_compiles_into_one_or_two_kernels_each_way(shape, options):
     found, code = run_and_get_code(both, compiled)
     assert len(code) == 2 and all(1 <= part.count("async_compile.cpp_pybinding(") <= 2 for part in code)
     torch.testing.assert_close(found, both(grpo_rm_loss), rtol=1e-12, atol=1e-15)
+    loss, _ = compiled(logits, old, targets.clone().fill_(shape[1]), **options)
+    assert loss.isnan()  # a target that is no class; eager code raises IndexError
     loss, stats = compiled(logits, logits.detach().clone(), targets)
     assert stats["max_ratio"] == stats["mean_ratio"] == 1 and abs(loss) < 1e-12

@@ -152,11 +152,12 @@ def altered(change):
     [
         (altered(lambda s: s.pop("vit.class_token")), "vit.class_token is missing"),
         (altered(lambda s: s.update(extra=torch.zeros(1))), "extra is not part of this backbone"),
+        (altered(lambda s: s["vit.class_token"].fill_(float("nan"))), "vit.class_token has numbers that are not finite"),
         (altered(lambda s: s.update({"vit.class_token": torch.zeros(1, 1, 7)})), r"\(1, 1, 7\), not \(1, 1, 96\)"),
         ([1, 2], "does not hold a state dict"),
         ({"model": {"a": torch.zeros(1)}}, "does not hold a state dict"),
     ],
-    ids=["missing", "extra", "shape", "list", "nested"],
+    ids=["missing", "extra", "not finite", "shape", "list", "nested"],
 )
 def test_weights_that_do_not_fit_are_named(content, message, tmp_path):
     torch.save(content, tmp_path / "weights.pth")

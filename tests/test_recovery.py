@@ -413,6 +413,37 @@ def test_a_finished_run_without_its_checkpoints_is_not_overwritten(whole, tmp_pa
     assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
 
 
+def test_a_run_without_a_checkpoint_yet_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_text("")
+    assert "already holds a run; add --resume" in stderr_of(capsys, train_cls.main, *RUN, "--output-dir", tmp_path)
+
+
+def test_a_damaged_log_is_kept(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    log = tmp_path / "run" / "log.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join([*lines[:2], b"\xff" + lines[2][:9] + b"\n", *lines[3:]]))
+    before = log.read_bytes()
+    train_cls.main([*RUN, "--output-dir", str(tmp_path / "run"), "--resume"])
+    assert f"log.jsonl is damaged after line 2 of {len(lines)}; all of it is kept in log.damaged" in capsys.readouterr().err
+    assert (tmp_path / "run" / "log.damaged").read_bytes() == before and log.read_bytes() == b"".join(lines[:2])
+
+
+def test_resume_refuses_other_images(image_folder, tmp_path, capsys):
+    flags = ["--dataset", "folder", "--data-root", str(image_folder), "--image-size", "42", "--device", "cpu", "--backbone", "vit_tiny"]
+    flags += ["--batch-size", "6", "--epochs", "2", "--output-dir", str(tmp_path / "run")]
+    train_cls.main([*flags, "--max-steps", "1"])
+    write_image(image_folder / "train" / "class0" / "more.png", 0)
+    assert "--resume: the training images or the classes are not those of the run" in stderr_of(capsys, train_cls.main, *flags, "--resume")
+    (image_folder / "train" / "class0" / "more.png").unlink()
+    for part in ("train", "val"):
+        (image_folder / part / "class2").rename(image_folder / part / "klass2")
+    assert "--resume: the training images or the classes are not those of the run" in stderr_of(capsys, train_cls.main, *flags, "--resume")
+    for part in ("train", "val"):
+        (image_folder / part / "klass2").rename(image_folder / part / "class2")
+    train_cls.main([*flags, "--resume"])
+
+
 def test_a_checkpoint_of_something_else_is_one_line(whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "run")
     state = torch.load(whole / "checkpoint.pt", weights_only=True)

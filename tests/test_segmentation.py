@@ -180,6 +180,13 @@ def spoil(root: Path, harm: str) -> None:
     elif harm == "empty":
         shutil.rmtree(root / "images" / "val")
         shutil.rmtree(root / "masks" / "val")
+    elif harm == "jpeg":
+        Image.open(masks / "2.png").convert("L").save(masks / "2.jpg")
+        (masks / "2.png").unlink()
+    elif harm == "rgb, no names":
+        (root / "classes.txt").unlink(missing_ok=True)
+        for file in [*masks.iterdir(), *(root / "masks" / "val").iterdir()]:
+            write_mask(file, np.zeros((40, 60)), "RGB")
     elif harm == "binary":
         for file in masks.iterdir():
             write_mask(file, np.where(np.asarray(Image.open(file)) == 1, VOID, 0))
@@ -207,6 +214,8 @@ def spoil(root: Path, harm: str) -> None:
         ("broken", "masks/train/2.png cannot be read"),
         ("empty", "images/val holds no image"),
         ("void", "masks/val have nothing but void (255): nothing can be learned"),
+        ("jpeg", "masks/train/2.jpg is a JPEG, which changes class indices"),
+        ("rgb, no names", "masks/train/0.png is RGB, not one class index a pixel"),
         ("binary", "masks/train have nothing but class 0 and void (255); two classes are 0 and 1: nothing can be learned"),
         ("names", "classes.txt: 1 classes"),
         ("twice", "classes.txt names 'sky' twice"),

@@ -409,14 +409,14 @@ def test_random_layers_are_off_in_both_policies():
     assert one_step(policy, old_policy, arguments("--ratio-floor", "0"))["max_ratio"] == 1
 
 
-def test_a_checkpoint_of_another_network_is_refused(image_folder, tmp_path, capsys):
+def test_a_checkpoint_of_other_classes_is_refused(image_folder, tmp_path, capsys):
     command = ["--dataset", "folder", "--data-root", image_folder, "--image-size", "42", "--backbone", "vit_tiny", "--device", "cpu"]
     command += ["--batch-size", "9", "--epochs", "1", "--output-dir", tmp_path / "run"]
     train_cls.main([str(part) for part in command])
     capsys.readouterr()
     (image_folder / "train" / "class3").mkdir()
     (image_folder / "train" / "class0" / "0.jpg").rename(image_folder / "train" / "class3" / "0.jpg")
-    assert "is not of this network" in stderr_of(capsys, train_cls.main, *command, "--resume")
+    assert "the training images or the classes are not those" in stderr_of(capsys, train_cls.main, *command, "--resume")
 
 
 def ranks_that_differ(rank: int, port: int, directory: str) -> None:
@@ -435,13 +435,14 @@ def ranks_that_differ(rank: int, port: int, directory: str) -> None:
             order.append(-1)
         torch.distributed.barrier()
     assert order == ([0, 2, -1] if rank == 0 else [1, 3, -1]), order
-    state = {"step": 3, "epoch_sums": {}, "lr": 0.1, "log_lines": 0, "ranks": []}
+    split = draw_shapes_split(9, seed=0)
+    state = {"step": 3, "epoch_sums": {}, "lr": 0.1, "log_lines": 0, "ranks": [], "data": {"images": 9, "classes": split.classes}}
     args = argparse.Namespace(output_dir=f"{directory}/rank{rank}", resume=True, lr=0.1, timeout_minutes=1)
     os.makedirs(args.output_dir)
     if rank == 0:
         torch.save(state | {"args": vars(args)}, f"{args.output_dir}/checkpoint.pt")
     with pytest.raises(InputError, match="all nodes must see one directory"):
-        checkpoint.Run(args, world, TrainLoader(draw_shapes_split(9, seed=0), CLASSIFICATION["shapes"], 42, 3, world, 1, seed=0, augment=False)).start()
+        checkpoint.Run(args, world, TrainLoader(split, CLASSIFICATION["shapes"], 42, 3, world, 1, seed=0, augment=False)).start()
     torch.distributed.destroy_process_group()
 
 
