@@ -436,7 +436,7 @@ def ranks_that_differ(rank: int, port: int, directory: str) -> None:
         torch.distributed.barrier()
     assert order == ([0, 2, -1] if rank == 0 else [1, 3, -1]), order
     split = draw_shapes_split(9, seed=0)
-    state = {"step": 3, "epoch_sums": {}, "lr": 0.1, "log_lines": 0, "ranks": [], "data": {"images": 9, "classes": split.classes}}
+    state = {"step": 3, "epoch_sums": {}, "lr": 0.1, "log_lines": 0, "ranks": [{"window": {}, "seconds": 0.0}], "data": {"images": 9, "classes": split.classes}}
     args = argparse.Namespace(output_dir=f"{directory}/rank{rank}", resume=True, lr=0.1, timeout_minutes=1)
     os.makedirs(args.output_dir)
     if rank == 0:
