@@ -289,7 +289,7 @@ def _torchvision_splits(name: str, root: Path, download: bool) -> tuple[Split, S
         archive = {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz", "stl10": "stl10_binary.tar.gz"}
         raise InputError(
             f"{name} under {root} is missing or incomplete ({first_line(error)}); "
-            f"add --download, or unpack {archive[name]} there"
+            f"{'try again' if download else 'add --download'}, or unpack {archive[name]} there"
         ) from error
 
     def split(part) -> Split:
@@ -520,7 +520,7 @@ def _voc_splits(root: Path, download: bool) -> tuple[SceneSplit, SceneSplit]:
             dataset = datasets.VOCSegmentation(str(root), year="2012", image_set=part, download=download and not (root / "VOCdevkit" / "VOC2012").is_dir())
         except (OSError, RuntimeError) as error:
             reason = first_line(error)
-            raise InputError(f"voc2012 under {root} is missing or incomplete ({reason}); add --download, or unpack VOCtrainval_11-May-2012.tar there") from error
+            raise InputError(f"voc2012 under {root} is missing or incomplete ({reason}); {'try again' if download else 'add --download'}, or unpack VOCtrainval_11-May-2012.tar there") from error
         pairs = list(zip(dataset.images, dataset.masks, strict=True))
         absent = next((file for pair in pairs for file in pair if not os.path.isfile(file)), None)
         if absent or not pairs:
