@@ -328,8 +328,9 @@ def fused_piece(
     if uniformity == "eq5":
         slope, constant = uniformity_weight * (2 + 1 / (G - 1)), constant - uniformity_weight / (G - 1)
     torch.mul(q, 0 if uniformity == "none" else -uniformity_weight, out=rewards)  # Eq. (6)
-    if torch.compiler.is_compiling():  # a scatter would end the kernel
-        rewards.add_(torch.where(outputs == k, q * slope + constant, 0)).sub_(torch.where(outputs == 0, background_penalty * G, 0))
+    if torch.compiler.is_compiling():  # a scatter would end the kernel. A target that is no class, which it refuses, gives NaN
+        others = torch.where((k >= 0) & (k < G), 0.0, math.nan)
+        rewards.add_(torch.where(outputs == k, q * slope + constant, others)).sub_(torch.where(outputs == 0, background_penalty * G, 0))
     else:
         rewards.scatter_add_(1, k, q.gather(1, k).mul_(slope).add_(constant))[:, 0] -= background_penalty * G
     if members is not None:
@@ -344,8 +345,6 @@ def fused_piece(
     else:
         std = torch.mul(centred, centred, out=q).sum(1, keepdim=True).div_(K).sqrt_()
         scale, signs = torch.where(std > 4 * torch.finfo(std.dtype).eps * mean.abs(), 1 / (K * std), 0), q
-    if torch.compiler.is_compiling():  # what gather refuses otherwise
-        scale = torch.where((k >= 0) & (k < G), scale, math.nan)
 
     advantages = centred.mul_(scale * valid / count)  # Eq. (2), by 1/N and by g = 1/c
     torch.sign(advantages, out=signs)
