@@ -148,7 +148,7 @@ def measure_loss(shape: tuple[int, int], repeats: int, world: World, *, compiled
         (logits.grad,) = torch.autograd.grad(loss, logits)
 
     runs = {"plain": lambda: run(fused=False), "fused": run, "fused_eq5": lambda: run(uniformity="eq5")}
-    loss_function = compiled_loss(shape[0] < 8000)
+    loss_function = compiled_loss(shape[0])
     try:
         if compiled:
             run(loss_function)

@@ -249,8 +249,9 @@ class FusedLoss(torch.autograd.Function):
         new = functools.partial(torch.empty, dtype=dtype, device=logits.device)
         count = valid.sum().clamp(min=1)
         gradient = new(logits.shape)  # not in half precision: fp16's smallest number is above most of it
-        cached = logits.device.type == "cpu" and not torch.compiler.is_compiling()
-        pieces = [(slice(None),)] if torch.compiler.is_compiling() else batch_pieces(logits.shape, 2**18 if cached else 2**26)
+        compiling = torch.compiler.is_compiling()
+        cached = logits.device.type == "cpu" and not compiling
+        pieces = [(slice(None),)] if compiling else batch_pieces(logits.shape, 2**18 if cached else 2**26)
         buffers = [new(max(gradient[piece].numel() for piece in pieces)) for _ in range(4)] if pieces else []
         sums, peaks = [], []
         for piece in pieces:
@@ -696,13 +697,13 @@ def copy_policy(old_policy: nn.Module, policy: nn.Module) -> None:
 
 
 @functools.cache
-def compiled_loss(few_samples: bool) -> Callable:
-    """grpo_rm_loss as torch.compile makes it: a GPU then reads the logits of both policies and writes the gradient, once each,
-    instead of some forty passes.
+def compiled_loss(samples: int) -> Callable:
+    """grpo_rm_loss as torch.compile makes it of so many samples: a GPU then reads the logits of both policies and writes the
+    gradient, once each, instead of some forty passes.
 
     To occupy the whole GPU, the compiler splits sums wherever there are few of them: those over millions of samples, as it
     should, but with less than about 8,000 samples also those over a sample's outputs, which would end the kernel each time."""
-    return torch.compile(grpo_rm_loss, dynamic=False, options={"split_reductions": not few_samples})
+    return torch.compile(grpo_rm_loss, dynamic=False, options={"split_reductions": samples >= 8000})
 
 
 def training_step(model, old_policy, optimizer, scaler, images, targets, args, world, fresh=False, order=None) -> dict[str, torch.Tensor]:
@@ -734,7 +735,7 @@ def training_step(model, old_policy, optimizer, scaler, images, targets, args, w
                 loss, stats = cross_entropy_loss(logits, y, ignore_index=IGNORE)
             else:
                 old_logits = logits.detach() if fresh else old_logits
-                loss_function = compiled_loss(y.numel() < 8000) if args.compile is True else grpo_rm_loss
+                loss_function = compiled_loss(y.numel()) if args.compile is True else grpo_rm_loss
                 loss, stats = loss_function(  # lines 6 to 8
                     logits,
                     old_logits,
