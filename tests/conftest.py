@@ -1,6 +1,7 @@
 """Small worlds for the tests: images on disk, runs on a tiny budget, scripts as a user starts them."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,23 +12,23 @@ import pytest
 import torch
 from PIL import Image
 
-from data import PROTOCOLS
-from grpo_rm import World
+from cli import World
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic: cuBLAS reads it once, at its first product
-
-CLASSIFICATION, SEGMENTATION = PROTOCOLS["classification"], PROTOCOLS["segmentation"]
 ROOT = Path(__file__).resolve().parent.parent
 CPU = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+DATA = Path(os.environ.get("GRPO_RM_TEST_DATA", ROOT.parent / "shared" / "data"))  # real images, where they are
 TINY = ["--device", "cpu", "--workers", "2", "--limit-train", "100", "--limit-val", "40"]  # of the embedded shapes
 
 
 @pytest.fixture(autouse=True)
-def plain_environment(monkeypatch, tmp_path_factory):
-    """No test sees a data root or a torchrun of the surroundings, or leaves decoded images behind."""
-    for name in ("GRPO_RM_DATA", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
+def plain_environment(monkeypatch):
+    """No test sees a data root or a torchrun of the surroundings, or leaves signal handlers behind."""
+    for name in ("GRPO_RM_DATA", "RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("GRPO_RM_CACHE", str(tmp_path_factory.getbasetemp() / "decoded"))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def run_script(*command: str | Path, nproc: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:

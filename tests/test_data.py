@@ -1,387 +1,520 @@
-"""Datasets and loaders: what is read, what is refused, and that batches are a function of the seed alone."""
+"""Datasets, downloads, transforms, loaders: what is read, fetched and refused; batches are a function of the seed."""
 
+import argparse
+import http.server
+import os
+import pickle
 import shutil
+import threading
+import time
+from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSIFICATION, CPU, write_image
+from conftest import CPU, free_port, write_image
 from PIL import Image
+from torchvision.datasets.utils import calculate_md5
 
+import cli
 import data
-from data import (
-    IGNORE,
-    EvalLoader,
-    InputError,
-    TrainLoader,
-    draw_shapes_split,
-    fraction,
-    limit,
-    load_splits,
-    pad_crop_flip,
-    square,
-    to_input,
-)
-from grpo_rm import World
+from cli import InputError, World
+from data import IGNORE, VOID, Loader, Split, load_data, load_splits, resolve_dataset
+
+CLASSIFICATION, SEGMENTATION = TASKS = ("classification", "segmentation")
+CLASSES, MASKS = ("folder", CLASSIFICATION, "image_folder"), ("folder", SEGMENTATION, "mask_folder")
+TINY, COCO = ("tiny_imagenet", CLASSIFICATION, "tiny_imagenet"), ("coco_stuff", SEGMENTATION, "tmp_path")
+JPG, TWO, MISSING = "train/class1/0.jpg", "train/2.png", "missing or incomplete; .*unpack "
 
 
-def rank(r: int, size: int) -> World:
-    return World(r, r, size, torch.device("cpu"))
+def splits(name, root=".", download=False):
+    args = arguments(name, data_root=str(root))
+    resolve_dataset(args, *TASKS)
+    return load_splits(name, root, args.task, download=download)
 
 
-def test_shapes_are_deterministic_and_balanced():
-    train, val = load_splits("shapes", None)
-    assert len(train.classes) >= 10 and len(train) == 5000 and len(val) == 1000
-    assert (train.targets.bincount() == 500).all()
-    again, _ = load_splits("shapes", None)
-    for i in (0, 1, 4999):
-        assert np.array_equal(train.read(i), again.read(i))
-    assert not np.array_equal(train.read(0), val.read(0))
-    assert not np.array_equal(train.read(0), train.read(10))
+def arguments(dataset="shapes", task=CLASSIFICATION, **more):
+    """What a Loader takes from the command line."""
+    defaults = {"image_size": 28, "batch_size": 16, "map_size": 12, "seed": 1, "workers": 1}
+    return argparse.Namespace(**{"task": task, "dataset": dataset} | defaults | more)
 
 
-@pytest.mark.parametrize("augment", [True, False])
-def test_global_batches_depend_on_the_seed_alone(augment):
-    """Joined over the ranks, images and targets are those of one process, bit for bit, augmentation included."""
-    split = draw_shapes_split(50, seed=0)
-
-    def epochs(size, seed=1):
-        loaders = [TrainLoader(split, CLASSIFICATION["shapes"], 42, 16, rank(r, size), 1, seed=seed, augment=augment) for r in range(size)]
-        batches = []
-        for epoch in range(2):
-            for parts in zip(*(loader.epoch(epoch) for loader in loaders), strict=True):
-                images, targets = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-                batches.append((images[targets != IGNORE], targets[targets != IGNORE]))
-        return batches
-
-    expected = epochs(1)
-    assert [len(targets) for _, targets in expected] == [16, 16, 16, 2] * 2
-    for size in (2, 3, 4):
-        for (images, targets), (want_images, want_targets) in zip(epochs(size), expected, strict=True):
-            assert torch.equal(images, want_images) and torch.equal(targets, want_targets)
-    assert not torch.equal(expected[0][1], expected[4][1])  # another order in the next epoch
-    assert not torch.equal(epochs(1, seed=2)[0][1], expected[0][1])
+def equal(one, other):
+    """Whether two nested sequences of tensors hold the same bits."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    return len(one) == len(other) and all(equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_an_epoch_can_start_in_its_middle():
-    loader = TrainLoader(draw_shapes_split(50, seed=0), CLASSIFICATION["shapes"], 42, 16, CPU, 1, seed=0, augment=True)
-    whole, rest = list(loader.epoch(3)), list(loader.epoch(3, start=2))
-    assert len(whole) == len(loader) == 4 and len(rest) == 2
-    assert all(torch.equal(a, b) for pair in zip(whole[2:], rest, strict=True) for a, b in zip(*pair, strict=True))
+def noise(seed, *shape, high=256):
+    return np.random.default_rng(seed).integers(0, high, shape, dtype=np.uint8)
 
 
-def test_every_sample_once_in_training():
-    split = data.Split(["a", "b"], torch.arange(50), draw_shapes_split(50, seed=0).read)
-    loader = TrainLoader(split, CLASSIFICATION["shapes"], 42, 16, CPU, 1, seed=0, augment=True)
-    assert torch.cat([targets for _, targets in loader.epoch(0)]).sort().values.equal(torch.arange(50))
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
 
 
-@pytest.mark.parametrize(("count", "size"), [(50, 1), (50, 3), (3, 4)])
-def test_evaluation_sees_every_sample_once_in_the_same_batches(count, size):
-    split = draw_shapes_split(count, seed=0)
-    seen = {}
-    for r in range(size):
-        for indices, images, targets in EvalLoader(split, CLASSIFICATION["shapes"], 42, 8, rank(r, size), 1):
-            assert torch.equal(targets, split.targets[indices])
-            for position, i in enumerate(indices.tolist()):
-                assert i not in seen and i % 8 == position
-                seen[i] = images[position]
-    assert sorted(seen) == list(range(count))
+def write_mask(path, labels, mode="L"):
+    """Labels as a grey image, as the indices of a palette ("P"), or in another mode."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.asarray(labels, dtype=np.uint8))
+    if mode == "P":
+        image.putpalette(bytes(255 - i % 256 for i in range(768)))  # it now is one of mode P
+    image.convert(mode).save(path)
 
 
-def test_resident_and_streamed_pixels_are_the_same(image_folder, monkeypatch):
-    split, _ = load_splits("folder", str(image_folder))
-
-    def batches(workers):
-        loader = TrainLoader(split, CLASSIFICATION["folder"], 28, 5, CPU, workers, seed=0, augment=True)
-        return [images for images, _ in loader.epoch(0)], loader.samples.resident is not None
-
-    resident, kept = batches(2)
-    monkeypatch.setattr(data, "RESIDENT_BYTES", 0)
-    for workers in (0, 2):
-        streamed, kept_too = batches(workers)
-        assert kept and not kept_too
-        assert all(torch.equal(a, b) for a, b in zip(resident, streamed, strict=True))
+def write_pair(images, masks, name, labels, mode="L", suffix="jpg", image_mode="RGB"):
+    write_image(images / f"{name}.{suffix}", len(labels), labels.shape[::-1], image_mode)
+    write_mask(masks / f"{name}.png", labels, mode)
 
 
-def decoded(split, directory, **options):
-    """The pixels of one epoch without augmentation, through the files of decoded images in `directory`."""
-    loader = TrainLoader(split, CLASSIFICATION["folder"], 28, 5, CPU, 2, seed=0, augment=False, cache_dir=str(directory), **options)
-    return [tensor for batch in loader.epoch(0) for tensor in batch]
+@pytest.fixture
+def mask_folder(tmp_path):
+    """A folder set of 3 classes with masks: 6 training and 4 validation images of several sizes."""
+    root = tmp_path / "scenes"
+    for part, i in [*(("train", i) for i in range(6)), *(("val", i) for i in range(4))]:
+        mask = np.arange(3, dtype=np.uint8).repeat((20, 20, 20 + i))[None].repeat(40, 0)
+        mask[:2] = VOID
+        write_pair(root / "images" / part, root / "masks" / part, f"{i}", mask, "LP"[i % 2], "jpg" if i else "png")
+    (root / "classes.txt").write_text("sky\nroad\n\ncar\n")
+    return root
 
 
-def test_decoded_images_are_kept_for_the_next_run(image_folder, tmp_path, monkeypatch):
-    split, _ = load_splits("folder", str(image_folder))
-    first = decoded(split, tmp_path / "cache")
-    assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
-    reads = []
-    monkeypatch.setattr(data, "read_image", lambda name, real=data.read_image: reads.append(name) or real(name))
-    again = decoded(split, tmp_path / "cache")
-    assert len(reads) == 1  # for the shapes; all the rest come from the file
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    changed = image_folder / "train" / "class1" / "2.png"
-    write_image(changed, 77)
-    assert not all(torch.equal(a, b) for a, b in zip(first, decoded(split, tmp_path / "cache"), strict=True))
-    assert len(list((tmp_path / "cache").glob("*.npy"))) == 2  # another file for other sources
-    decoded(split, "off")
-    assert len(list((tmp_path / "cache").glob("*"))) == 4  # and two locks
+def labels_of(name, i):
+    """Sample i's labels as the set's masks have them."""
+    labels = noise(i, 37, 50 + i, high={"voc2012": 21, "ade20k": 151, "coco_stuff": 182}[name])
+    labels[:3] = 0 if name == "ade20k" else VOID
+    return labels
 
 
-def refuse(*arguments):
-    raise OSError("refused by the file system")
-
-
-@pytest.mark.parametrize("harm", ["truncated", "not writable", "no locks", "full"])
-def test_a_damaged_or_missing_store_of_decoded_images_changes_nothing(harm, image_folder, tmp_path, monkeypatch, capsys):
-    split, _ = load_splits("folder", str(image_folder))
-    expected = decoded(split, tmp_path / "cache")
-    (file,) = (tmp_path / "cache").glob("*.npy")
-    directory, whole = tmp_path / "cache", file.read_bytes()
-    if harm == "truncated":
-        file.write_bytes(whole[:300])
-    elif harm == "not writable":
-        directory = file / "below a file"
-    elif harm == "no locks":  # as on some network file systems
-        monkeypatch.setattr(data.fcntl, "flock", refuse)
+def write_set(root, name):
+    """A dataset as its archives hold it, 3 training and 2 validation images; of CIFAR 2 in every batch."""
+    if name == "voc2012":
+        home = root / "VOCdevkit" / "VOC2012"
+        write(home / "ImageSets" / "Segmentation" / "train.txt", b"2007_0\n2007_1\n2007_2\n")
+        write(home / "ImageSets" / "Segmentation" / "val.txt", b"2007_3\n2007_4\n")
+        for i in range(5):
+            write_pair(home / "JPEGImages", home / "SegmentationClass", f"2007_{i}", labels_of(name, i), "P")
+    elif name == "ade20k":
+        home = root / "ADEChallengeData2016"
+        for i, part in enumerate(["training"] * 3 + ["validation"] * 2):
+            write_pair(home / "images" / part, home / "annotations" / part, f"{i}", labels_of(name, i))
+        names = ["Name", "wall", "building, edifice", *(f"thing{i}" for i in range(3, 151))]
+        write(home / "objectInfo150.txt", "".join(f"{i}\t0.1\t1\t1\t{x}\n" for i, x in enumerate(names)).encode())
+    elif name == "coco_stuff":
+        for i, part in enumerate(["train2017"] * 3 + ["val2017"] * 2):
+            write_pair(root / part, root / "stuffthingmaps" / part, f"{i}", labels_of(name, i), image_mode="L")
+    elif name == "stl10":
+        for part, count in (("train", 3), ("test", 2), ("unlabeled", 0)):
+            write(root / "stl10_binary" / f"{part}_X.bin", noise(0, count, 3, 96, 96).tobytes())  # column by column
+            write(root / "stl10_binary" / f"{part}_y.bin", bytes(i % 2 + 1 for i in range(count)))
+        write(root / "stl10_binary" / "class_names.txt", b"cat\ndog\n")
     else:
+        files, fine = ["train", "test", "meta"], "fine_"
+        if name == "cifar10":
+            files, fine = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"], ""
+        home = root / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]
+        for file in files:
+            content = {"data": noise(0, 2, 3072), f"{fine}labels": [0, 1], f"{fine}label_names": ["cat", "dog"]}
+            write(home / file, pickle.dumps(content))
+
+
+@pytest.mark.parametrize("name", ["shapes", "shapes_seg"])
+def test_drawn_sets_are_deterministic_and_balanced(name):
+    train, val = splits(name)
+    assert (len(train), len(val)) == ((5000, 1000) if name == "shapes" else (2000, 400))
+    samples, again = ([split.read(i) for i in range(60)] for split in (train, splits(name)[0]))
+    assert all(np.array_equal(a, b) for pair in zip(samples, again, strict=True) for a, b in zip(*pair, strict=True))
+    assert len({np.asarray(image).tobytes() for image, _ in [*samples, *map(val.read, range(60))]}) == 120
+    targets = [target for _, target in samples]
+    if name == "shapes":
+        assert np.bincount(targets).tolist() == [6] * 10
+        return
+    seen = np.bincount(np.concatenate([mask.ravel() for mask in targets]), minlength=256)
+    assert (seen[:11] > 0).all() and seen[11:255].sum() == 0 and 0.02 < seen[VOID] / seen.sum() < 0.2
+    for axis in (0, 1):  # between a shape and the background there is void
+        one, other = (np.take(targets[3], range(i, 111 + i), axis) for i in (0, 1))
+        assert np.isin(other[one == 0], [0, VOID]).all() and np.isin(one[other == 0], [0, VOID]).all()
+
+
+def test_label_tables_value_by_value():
+    """COCO-stuff: things 0-90 without the eleven that were never annotated, stuff 91-181, void; nothing else."""
+    dropped, following = {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90, VOID}, iter(range(999))
+    for label in range(256):
+        assert data.VOC_TABLE[label] == (label if label < 21 or label == VOID else -1)
+        assert data.ADE20K_TABLE[label] == (VOID if label == 0 else label - 1 if label <= 150 else -1)
+        assert data.COCO_TABLE[label] == (VOID if label in dropped else next(following) if label < 182 else -1)
+    assert next(following) == 171 == len(data.COCO_CLASSES) == len(set(data.COCO_CLASSES))
+    some = {0: "person", 12: "stop sign", 43: "bottle", 89: "toothbrush", 91: "banner", 105: "clouds", 181: "wood"}
+    assert all(data.COCO_CLASSES[data.COCO_TABLE[label]] == name for label, name in some.items())
+    assert len(data.VOC_CLASSES) == 21 and data.VOC_CLASSES[0] == "background" and data.VOC_CLASSES[15] == "person"
+
+
+def hide(root):
+    """Put hidden files and folders everywhere, as systems and editors do; no set has anything of them."""
+    for folder in [path for path in root.rglob("*") if path.is_dir()]:
+        write(folder / ".DS_Store", b"")
+        write(folder / "._0.jpg", b"not an image")
+        (folder / ".ipynb_checkpoints").mkdir()
+
+
+@pytest.mark.parametrize("name", ["folder", "imagenet", "tiny_imagenet"])
+def test_layouts_of_classification_sets(name, image_folder, tiny_imagenet, tmp_path):
+    tiny, root = name == "tiny_imagenet", tiny_imagenet if name == "tiny_imagenet" else image_folder
+    deep = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    Image.fromarray(deep).save(image_folder / "train" / "class0" / "1.png")
+    hide(root)
+    train, val = splits(name, root)
+    assert train.classes == (["n03", "n01", "n02"] if tiny else ["class0", "class1", "class2"])  # wnids.txt's order
+    images, targets = zip(*map(train.read, range(len(train))), strict=True)
+    assert {image.mode for image in images} == {"RGB"}  # grey and palette images too; 16 bits are scaled, not cut off
+    assert tiny or np.array_equal(images[1], (deep >> 8)[..., None].repeat(3, 2))
+    assert list(targets) == sorted([0, 1, 2] * (4 if tiny else 6))
+    assert [val.read(i)[1] for i in range(6)] == ([0, 1, 2] * 2 if tiny else [0, 0, 1, 1, 2, 2]) and len(val) == 6
+    if name == "imagenet":
+        shutil.move(image_folder, tmp_path / "root" / "imagenet")
+        assert [len(split) for split in splits("imagenet", tmp_path / "root")] == [18, 6]
+
+
+def test_layout_of_a_folder_with_masks(mask_folder):
+    hide(mask_folder)
+    train, val = splits("folder", mask_folder)
+    assert train.classes == val.classes == ["sky", "road", "car"] and (len(train), len(val)) == (6, 4)
+    for i in range(4):  # grey masks and the indices of palettes
+        image, mask = val.read(i)
+        assert (image.mode, image.size, mask.dtype) == ("RGB", mask.shape[::-1], np.uint8)
+        assert mask[1:3, (0, 20, 40)].tolist() == [[VOID] * 3, [0, 1, 2]]
+    (mask_folder / "classes.txt").unlink()
+    assert splits("folder", mask_folder)[0].classes == ["class 0", "class 1", "class 2"]
+
+
+def remove(*patterns):
+    return lambda root: [shutil.rmtree(x) if x.is_dir() else x.unlink() for y in patterns for x in [*root.glob(y)]]
+
+
+def put(name, content):
+    return lambda root: write(root / name, content)
+
+
+def relabel(pattern, change, root, mode="L", suffix=".png"):
+    for file in [*(root / "masks").glob(pattern)]:
+        labels = change(np.array(Image.open(file)))
         file.unlink()
-        monkeypatch.setattr(np.lib.format, "write_array_header_1_0", refuse)
-    again = decoded(split, directory)
-    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
-    assert ("cannot be kept" in capsys.readouterr().err) == (harm != "truncated")
-    if harm == "truncated":
-        assert file.read_bytes() == whole
-    assert not list((tmp_path / "cache").glob("*.tmp"))
+        write_mask(file.with_suffix(suffix), labels, mode)
 
 
-def test_an_evaluation_finds_what_training_decoded(image_folder, tmp_path, monkeypatch):
-    split, _ = load_splits("folder", str(image_folder))
-    decoded(split, tmp_path / "cache")
-    expected = EvalLoader(split, CLASSIFICATION["folder"], 28, 5, CPU, 2).samples.resident
-    reads = []
-    real = data.read_image
-    monkeypatch.setattr(data, "read_image", lambda name: reads.append(name) or real(name))
-    split, _ = load_splits("folder", str(image_folder))
-    loader = EvalLoader(split, CLASSIFICATION["folder"], 28, 5, CPU, 2, str(tmp_path / "cache"))
-    assert len(reads) == 1  # for the shapes
-    assert all(torch.equal(a, b) for a, b in zip(loader.samples.resident, expected, strict=True))
+@pytest.mark.parametrize(
+    ("dataset", "spoil", "message"),
+    [
+        (CLASSES, remove("val"), "val/ is missing"),
+        (("imagenet", CLASSIFICATION, "tmp_path"), remove(), r"put .* ILSVRC2012_img_train\.tar.* there"),
+        (CLASSES, remove("train/class[12]"), "1 class folders"),
+        (CLASSES, put("val/other/0.jpg", b""), "val/other: no such class"),
+        (CLASSES, remove("train/class1/*"), "train/class1 holds no image"),
+        (CLASSES, remove("val/*/*"), "val holds no image"),
+        (CLASSES, put(JPG, b""), r"train/class1/0\.jpg cannot be read"),
+        (CLASSES, put("val/class1/0.jpg", b"no image"), r"val/class1/0\.jpg cannot be read"),
+        (CLASSES, lambda root: write(root / JPG, (root / JPG).read_bytes()[:-99]), r"class1/0\.jpg cannot be read"),
+        (CLASSES, lambda root: Image.new("F", (9, 9)).save(root / "val/class1/x.tiff"), r"x\.tiff .* \(32-bit numbers"),
+        (CLASSES, lambda root: Image.new("I", (9, 9)).save(root / "val/class1/x.tiff"), r"x\.tiff .* \(32-bit numbers"),
+        (MASKS, remove("masks/train/3.png"), r"images/train/3\.jpg has no "),
+        (MASKS, remove("images/val/3.jpg"), r"masks/val/3\.png has no "),
+        (MASKS, remove("images/val", "masks/val"), "images/val holds no image"),
+        (MASKS, partial(relabel, TWO, lambda x: x[1:]), r"train/2\.png is 62 x 39 pixels.* 62 x 40"),
+        (MASKS, partial(relabel, "val/2.png", lambda x: x + 1), r"val/2\.png has label 3; labels are 0 to 2, and 255"),
+        (MASKS, partial(relabel, TWO, lambda x: x, mode="RGB"), r"train/2\.png cannot be read \(PNG RGB "),
+        (MASKS, partial(relabel, TWO, lambda x: x, suffix=".jpg"), r"train/2\.jpg cannot be read \(JPEG L "),
+        (MASKS, put("masks/train/2.png", b"\x89PNG broken"), r"train/2\.png cannot be read"),
+        (MASKS, put("classes.txt", b"sky\n"), r"classes\.txt: 1 classes"),
+        (MASKS, put("classes.txt", b"sky\nroad\nsky\n"), r"classes\.txt: 3 classes \(sky, road, sky"),
+        (MASKS, lambda root: (relabel("*/*.png", np.zeros_like, root), remove("classes.txt")(root)), ": 1 classes"),
+        (TINY, remove("*/wnids.txt"), MISSING),
+        (TINY, remove("*/train/n02/images/*_1.JPEG"), MISSING),
+        (TINY, remove("*/val/val_annotations.txt"), MISSING),
+        (COCO, remove("stuffthingmaps"), r"is missing; unpack .*stuffthingmaps_trainval2017\.zip"),
+        (COCO, lambda root: (root / "stuffthingmaps").rename(root / "stuff_pixelmaps"), "stuff-only pixelmaps there"),
+        (COCO, lambda root: write_mask(root / "stuffthingmaps/train2017/0.png", [[183]]), "label 183; .* stuff-only"),
+    ],
+)
+def test_bad_folders_are_named_in_one_line(dataset, spoil, message, request, monkeypatch):
+    name, task, fixture = dataset
+    root = request.getfixturevalue(fixture)
+    if dataset == COCO:
+        write_set(root, name)
+    spoil(root)
+    for resident in (2**30, 0):  # decoded in threads, and in a worker process
+        monkeypatch.setattr(data, "RESIDENT_BYTES", resident)
+        with pytest.raises(InputError, match=message) as error:
+            for split in splits(name, root, download=True):
+                list(Loader(split, arguments(name, task), CPU).epoch(0))
+        assert "\n" not in str(error.value)
 
 
-def decode_in_process(root, directory, output):
-    torch.set_num_threads(1)
-    reads = []
-    real = data.read_image
-    data.read_image = lambda name: reads.append(name) or real(name)
-    split, _ = load_splits("folder", root)
-    tensors = decoded(split, directory)
-    torch.save([len(reads), tensors], output)
+def test_datasets_are_resolved(image_folder, mask_folder, monkeypatch):
+    folders = (*CLASSES[:2], str(image_folder)), (*MASKS[:2], str(mask_folder))
+    for dataset, task, root in (("stl10", CLASSIFICATION, "x"), ("voc2012", SEGMENTATION, "x"), *folders):
+        args = argparse.Namespace(dataset=dataset, data_root=root)
+        assert resolve_dataset(args, *TASKS) == data.PROTOCOLS[task][dataset]
+        assert (args.task, args.data_root) == (task, root)
+        with pytest.raises(InputError, match=f"--dataset {dataset} is .*{task}"):
+            resolve_dataset(args, TASKS[task == CLASSIFICATION])
+    with pytest.raises(InputError, match=r"--dataset mnist: unknown; choose one of shapes, cifar10.*folder"):
+        resolve_dataset(argparse.Namespace(dataset="mnist", data_root="x"), CLASSIFICATION)
+    for expected in ("datasets", "/somewhere"):
+        args = argparse.Namespace(dataset="shapes", data_root=None)
+        resolve_dataset(args, *TASKS)
+        assert args.data_root == expected
+        monkeypatch.setenv("GRPO_RM_DATA", "/somewhere")
 
 
-def test_processes_that_start_together_decode_once(image_folder, tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    outputs = [str(tmp_path / f"{i}.pth") for i in range(3)]
-    processes = [context.Process(target=decode_in_process, args=(str(image_folder), str(tmp_path / "cache"), output)) for output in outputs]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    results = [torch.load(output, weights_only=True) for output in outputs]
-    assert sorted(reads for reads, _ in results) == [1, 1, 19]  # 18 images, and one for the shapes
-    for _, tensors in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(tensors, results[0][1], strict=True))
+ARCHIVES = {  # what is asked for: archives and their MD5 sums
+    "cifar10": "cifar-10-python.tar.gz c58f30108f718f92721af3b95e74349a",
+    "cifar100": "cifar-100-python.tar.gz eb9058c3a382ffc7106e4002c42a8d85",
+    "stl10": "stl10_binary.tar.gz 91f7769df0f17e558f3565bffb0c7dfb",
+    "voc2012": "VOCtrainval_11-May-2012.tar 6cd6e144f989b92b3379bac3b3de84fd",
+    "ade20k": "ADEChallengeData2016.zip 7328b3957e407ddae1d3cbf487f149ef",
+    "coco_stuff": "train2017.zip cced6f7f71b7629ddf16f17bbcfab6b2 val2017.zip 442b8da7639aecaf257c1dceb8ba8c80",
+}
 
 
-def test_input_can_be_chosen(image_folder):
-    split, _ = load_splits("folder", str(image_folder))
-    results = []
-    for mode in ("resident", "stream"):
-        loader = TrainLoader(split, CLASSIFICATION["folder"], 28, 5, CPU, 0, seed=0, augment=True, input_mode=mode)
-        assert (loader.samples.resident is not None) == (mode == "resident")
-        results.append([images for images, _ in loader.epoch(0)])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_missing_sets_are_fetched_from_their_publishers_once(name, tmp_path, monkeypatch):
+    asked, expected, failures = [], ARCHIVES[name].split(), ["File not found or corrupted.\nand more"]
+
+    def fetch(url, root, extract_root=None, filename=None, md5=None):
+        asked.extend([url.rpartition("/")[2], md5])
+        if failures:
+            raise RuntimeError(failures.pop())
+        write_set(Path(extract_root or root), name)
+
+    monkeypatch.setattr(data, "download_and_extract_archive", fetch)
+    for module in ("cifar", "stl10", "voc"):
+        home = f"torchvision.datasets.{module}"  # which knows the MD5 sums of the files, too
+        monkeypatch.setattr(f"{home}.download_and_extract_archive", fetch)
+        monkeypatch.setattr(f"{home}.check_integrity", lambda file, md5=None: os.path.isfile(file), raising=False)
+    if name == "coco_stuff":  # masks have no published checksum and are left to the user
+        write_set(tmp_path, name)
+        remove("train2017", "val2017")(tmp_path)
+
+    with pytest.raises(InputError, match=rf"^{name}: .*leave out --no-download, or .*unpack .*{expected[0]}"):
+        splits(name, tmp_path)
+    assert not asked
+    with pytest.raises(InputError, match=r"the download failed \(File not found.*\); try again, or unpack [^\n]+$"):
+        splits(name, tmp_path, download=True)
+    asked.clear()
+    for download in (True, True, False):
+        train, val = splits(name, tmp_path, download=download)
+        assert asked == expected
+    image, target = train.read(1)
+    assert (len(train), len(val), image.mode) == ({"cifar10": 10, "cifar100": 2}.get(name, 3), 2, "RGB")
+    if train.masks:
+        table = {"voc2012": data.VOC_TABLE, "ade20k": data.ADE20K_TABLE, "coco_stuff": data.COCO_TABLE}[name]
+        assert np.array_equal(target, table[labels_of(name, 1)]) and (target.dtype, image.size) == (np.uint8, (51, 37))
+        assert len(train.classes) == len(set(train.classes)) == {"voc2012": 21, "ade20k": 150, "coco_stuff": 171}[name]
+        assert name != "ade20k" or (train.classes[0] == "wall" and train.classes[1].startswith("building"))
+    else:
+        stl10, cifar = noise(0, 3, 3, 96, 96)[1].transpose(2, 1, 0), noise(0, 2, 3, 32, 32)[1].transpose(1, 2, 0)
+        assert np.array_equal(image, stl10 if name == "stl10" else cifar) and train.classes[target] == "dog"
 
 
-def test_random_resized_crops_do_not_depend_on_workers_or_ranks(image_folder):
-    split, _ = load_splits("imagenet", str(image_folder))
+@pytest.fixture
+def publisher(tiny_imagenet, tmp_path, monkeypatch):
+    """An HTTP server in a thread that has tiny-imagenet-200.zip and is asked instead of the official one."""
+    name = "tiny-imagenet-200"
+    archive = Path(shutil.make_archive(tmp_path / "published" / name, "zip", tiny_imagenet, name))
+    shutil.rmtree(tiny_imagenet / name)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=archive.parent)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        url = f"http://127.0.0.1:{server.server_address[1]}/{archive.name}"
+        this = argparse.Namespace(archive=archive, md5=calculate_md5(archive), asked=[])
 
-    def epoch(e, size, workers):
-        loaders = [TrainLoader(split, CLASSIFICATION["imagenet"], 28, 6, rank(r, size), workers, seed=0, augment=True) for r in range(size)]
-        return torch.cat([torch.cat([images for images, _ in parts]) for parts in zip(*(x.epoch(e) for x in loaders), strict=True)])
+        def fetch(official_url, *folders, md5, real=data.download_and_extract_archive):
+            this.asked.append((official_url, md5))
+            real(url, *folders, md5=this.md5)
 
-    expected = epoch(0, 1, 0)
-    assert torch.equal(epoch(0, 1, 2), expected) and torch.equal(epoch(0, 2, 0), expected)
-    assert not torch.equal(epoch(1, 1, 0), expected)
-
-
-def test_imagenet_in_a_sub_directory_and_from_missing_archives(image_folder, tmp_path):
-    shutil.move(image_folder, tmp_path / "root" / "imagenet")
-    train, val = load_splits("imagenet", str(tmp_path / "root"))
-    assert (len(train), len(val)) == (18, 6)
-    with pytest.raises(InputError, match=r"ILSVRC2012_img_train\.tar"):
-        load_splits("imagenet", str(tmp_path))
+        monkeypatch.setattr(data, "download_and_extract_archive", fetch)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield this
+        server.shutdown()
 
 
-@pytest.mark.parametrize(("split", "left_over"), [("train", "n01440764.tar"), ("val", "ILSVRC2012_val_00000001.JPEG")])
-def test_imagenet_that_was_not_unpacked_to_its_end(split, left_over, image_folder):
-    """torchvision takes what is there for the whole."""
-    (image_folder / split / left_over).touch()
-    assert len(load_splits("imagenet", str(image_folder))[0]) == 18  # somebody's own folders: no archive
-    (image_folder / f"ILSVRC2012_img_{split}.tar").touch()
-    with pytest.raises(InputError, match=f"{split} was not unpacked to its end"):
-        load_splits("imagenet", str(image_folder))
+@pytest.mark.parametrize("harm", [None, "not found", "wrong checksum", "unpacking is cut off"])
+def test_tiny_imagenet_is_whole_or_absent(harm, publisher, tmp_path, monkeypatch):
+    root, whole = tmp_path / "new" / "data", publisher.archive.read_bytes()
+    with pytest.raises(InputError, match=r"leave out --no-download, or unpack .*tiny-imagenet-200\.zip"):
+        splits("tiny_imagenet", root)
+    assert not publisher.asked and not root.exists()
+
+    def extract_some(self, path):
+        for name in self.namelist()[:-3]:
+            self.extract(name, path)
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        if harm == "not found":
+            publisher.archive.unlink()
+        elif harm == "wrong checksum":
+            publisher.archive.write_bytes(whole + b"\0")
+        elif harm:
+            patch.setattr("zipfile.ZipFile.extractall", extract_some)
+        if harm:
+            with pytest.raises(InputError, match=r"the download failed \([^\n]+\); try again, or unpack [^\n]+$"):
+                splits("tiny_imagenet", root, download=True)
+        assert not (root / "tiny-imagenet-200").exists()
+        assert any(root.rglob("*.JPEG")) == (harm == "unpacking is cut off")
+    publisher.archive.write_bytes(whole)
+    for _ in range(2):
+        train, val = splits("tiny_imagenet", root, download=True)
+        assert [len(train), len(val)] == [12, 6] and all(train.read(i)[0].size == (64, 64) for i in range(12))
+    official = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
+    assert publisher.asked == [official] * (2 if harm else 1)
+
+
+def load_on_two_ranks(rank, port, directory):
+    """Rank 0 fetches, slowly; both decode."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    world, asked, reads, read = cli.start_processes("cpu"), [], [], data.read_image
+
+    def fetch(url, root, extract_root, md5):
+        time.sleep(1)
+        asked.append(shutil.copytree(f"{directory}/tiny-imagenet-200", f"{extract_root}/tiny-imagenet-200"))
+
+    data.download_and_extract_archive = fetch
+    data.read_image = lambda file: reads.append(Path(file).name) or read(file)
+    args = arguments("tiny_imagenet", data_root=f"{directory}/data", download=True, limit_train=None, limit_val=None)
+    train, _ = load_data(args, world)
+    torch.save([len(asked), reads, Loader(train, args, world).resident], f"{directory}/{rank}.pth")
+    torch.distributed.destroy_process_group()
+
+
+def test_one_rank_downloads_and_all_decode_their_share(tiny_imagenet, tmp_path):
+    torch.multiprocessing.spawn(load_on_two_ranks, (free_port(), str(tmp_path)), nprocs=2)
+    (asked, reads, stores), (asked_too, reads_too, stores_too) = (torch.load(tmp_path / f"{r}.pth") for r in range(2))
+    assert (asked, asked_too) == (1, 0)
+    names = [f"n0{c}_{i}.JPEG" for c in (3, 1, 2) for i in range(4)]
+    assert (reads, reads_too) == ([names[0], *names[::2]], [names[0], *names[1::2]])  # the first one tells the shape
+    alone = Loader(splits("tiny_imagenet", tmp_path / "data")[0], arguments("tiny_imagenet"), CPU).resident
+    assert equal(stores, alone) and equal(stores_too, alone) and alone[0].amax((1, 2, 3)).min() > 0
 
 
 def test_pad_crop_flip_against_a_loop():
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(1, 256, (12, 8, 8, 3), generator=generator, dtype=torch.uint8)
-    shifts = torch.randint(0, 5, (12, 2), generator=generator)
+    pixels, shifts = torch.tensor(noise(0, 12, 8, 8, 3)), torch.tensor(noise(1, 12, 2, high=5).astype(int))
     flips = torch.arange(12) % 2 == 0
-    result = pad_crop_flip(pixels, shifts, flips, 2)
-    for i in range(12):
-        padded = np.pad(pixels[i].numpy(), ((2, 2), (2, 2), (0, 0)))
-        window = padded[shifts[i, 0] : shifts[i, 0] + 8, shifts[i, 1] : shifts[i, 1] + 8]
+    result = data.pad_crop_flip(pixels, shifts, flips, 2)
+    for i, (row, column) in enumerate(shifts.tolist()):
+        window = np.pad(pixels[i].numpy(), ((2, 2), (2, 2), (0, 0)))[row : row + 8, column : column + 8]
         assert np.array_equal(result[i], window[:, ::-1] if flips[i] else window)
-    centre = pad_crop_flip(pixels, torch.full((12, 2), 2), torch.zeros(12, dtype=torch.bool), 2)
-    assert torch.equal(centre, pixels)
 
 
-def test_square_and_normalisation():
-    image = Image.new("RGB", (90, 60), (255, 0, 124))
-    assert square(image, 30).shape == (30, 30, 3)
-    assert square(image, 28, 256 / 224).shape == (28, 28, 3)
-    marked = Image.fromarray(np.arange(60 * 90, dtype=np.uint32).reshape(60, 90).view(np.uint8).reshape(60, 90, 4)[..., :3].copy())
-    assert np.array_equal(square(marked, 60), np.asarray(marked)[:, 15:75])  # the centre, untouched
-    images = to_input(torch.from_numpy(square(image, 30).copy())[None], 42)
-    assert images.shape == (1, 3, 42, 42) and images.dtype == torch.float32
+def test_inputs_have_imagenets_mean_and_std():
+    images = data.to_input(torch.tensor([255, 0, 124], dtype=torch.uint8).expand(1, 30, 30, 3), 42)
     expected = (torch.tensor([255, 0, 124]) / 255 - torch.tensor(data.MEAN)) / torch.tensor(data.STD)
-    torch.testing.assert_close(images[0].mean((1, 2)), expected)
+    torch.testing.assert_close(images, expected[:, None, None].expand(1, 3, 42, 42))
 
 
-def test_class_folders(image_folder):
-    train, val = load_splits("folder", str(image_folder))
-    assert train.classes == ["class0", "class1", "class2"]
-    assert train.targets.tolist() == [0] * 6 + [1] * 6 + [2] * 6 and len(val) == 6
-    assert all(train.read(i).mode == "RGB" for i in range(len(train)))  # grey and palette images too
+@pytest.mark.parametrize(("size", "side"), [((37, 50), 16), ((8, 8), 8), ((5, 7), 12)])
+def test_masks_are_resized_to_the_label_at_the_centre(size, side):
+    mask = torch.tensor(noise(0, *size))
+    result = data.resize_mask(mask, side)
+    for i, j in np.ndindex(side, side):
+        assert result[i, j] == mask[int((i + 0.5) * size[0] / side), int((j + 0.5) * size[1] / side)]
 
 
-def test_sixteen_bit_grey_is_scaled(tmp_path):
-    levels = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
-    Image.fromarray(levels).save(tmp_path / "deep.png")
-    pixels = np.asarray(data.read_image(str(tmp_path / "deep.png")))
-    assert np.array_equal(pixels, np.arange(256, dtype=np.uint8).reshape(16, 16)[..., None].repeat(3, 2))
+def joined(loader, size, epoch, start):
+    """The global batches, all ranks' parts side by side, without the sample that a rank has where nothing is left."""
+    ranks, batches = [], []
+    for rank in range(size):
+        loader.world = World(rank, rank, size, CPU.device)
+        ranks.append(list(loader.epoch(epoch, start)))
+    for parts in zip(*ranks, strict=True):
+        images, targets = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        valid = (targets != IGNORE).flatten(1).any(1) if loader.split.masks else targets != IGNORE
+        assert len(images) == max(size, valid.sum())
+        batches.append((images[valid], targets[valid]))
+    return batches
 
 
-@pytest.mark.parametrize("kind", [np.int32, np.float32])
-def test_numbers_of_unknown_range_are_refused(kind, tmp_path):
-    Image.fromarray(np.ones((4, 4), kind)).save(tmp_path / "deep.tiff")
-    with pytest.raises(InputError, match=r"deep.tiff cannot be read \(32-bit numbers, whose range is not known; save it with 8 or 16 bits"):
-        data.read_image(str(tmp_path / "deep.tiff"))
+@pytest.mark.parametrize("augment", [True, False])
+@pytest.mark.parametrize("name", ["shapes", "shapes_seg", "imagenet"])
+def test_global_batches_depend_on_the_seed_alone(name, augment, monkeypatch):
+    """Bit for bit the same for any number of ranks, resident or streamed by workers, augmentation included; every
+    sample is there once, and an epoch can start in its middle."""
+    task = SEGMENTATION if name == "shapes_seg" else CLASSIFICATION
+    drawn = splits("shapes" if name == "imagenet" else name)[0]
+    split = Split(drawn.classes, 35, cache(drawn.read), drawn.masks)
+
+    def batches(size=1, epoch=2, start=0, augment=augment, **more):
+        args = arguments(name, task, batch_size=11, **more)
+        return joined(Loader(split, args, CPU, augment=augment, train=True), size, epoch, start)
+
+    expected = batches()
+    assert [len(targets) for _, targets in expected] == [11, 11, 11, 2]
+    assert len({image.numpy().tobytes() for images, _ in expected for image in images}) == 35
+    labels = set(torch.cat([targets.flatten() for _, targets in expected]).tolist())
+    assert labels == ({IGNORE, *range(11)} if split.masks else set(range(10)))
+    assert equal(batches(augment=False), expected) != augment
+    assert not any(torch.equal(other[0][1], expected[0][1]) for other in (batches(epoch=3), batches(seed=2)))
+    for resident in (2**30, 0):
+        monkeypatch.setattr(data, "RESIDENT_BYTES", resident)
+        assert equal(batches(size=2, workers=0), expected) and equal(batches(size=3, workers=2), expected)
+        assert equal(batches(start=2), expected[2:])
 
 
-def test_imagenet_validation_is_the_centre_of_a_larger_resize(tmp_path):
-    """The shorter side becomes size * 256 / 224, of which the centre is cut out."""
-    image = Image.fromarray((np.random.default_rng(0).random((64, 96, 3)) * 255).astype(np.uint8))
-    split = data.Split(["a", "b"], torch.zeros(1, dtype=torch.int64), lambda i: image)
-    _, images, _ = next(iter(EvalLoader(split, CLASSIFICATION["imagenet"], 28, 4, CPU, 0)))
-    expected = np.asarray(image.resize((48, 32), Image.Resampling.BICUBIC).crop((10, 2, 38, 30)))
-    assert torch.equal(images, to_input(torch.from_numpy(expected.copy())[None], 28))
+@pytest.mark.parametrize(("count", "size"), [(30, 1), (30, 3), (3, 4)])
+def test_in_order_deals_whole_batches(count, size):
+    loader, seen = Loader(splits("shapes")[0].subset(range(count)), arguments(), CPU), []
+    for rank in range(size):
+        loader.world = World(rank, rank, size, CPU.device)
+        for indices, images, targets in loader.in_order(8):
+            assert images.shape == (len(indices), 3, 28, 28) and targets.tolist() == [i % 10 for i in indices]
+            seen.append(indices.tolist())
+    assert sorted(seen) == [list(range(i, min(i + 8, count))) for i in range(0, count, 8)]
 
 
-def test_tiny_imagenet_layout(tiny_imagenet):
-    train, val = load_splits("tiny_imagenet", str(tiny_imagenet))
-    assert train.classes == ["n03", "n01", "n02"]  # the order of wnids.txt
-    assert train.targets.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert val.targets.tolist() == [0, 1, 2] * 2
-    assert train.read(0).mode == "RGB"
+@pytest.mark.parametrize(("train", "size", "corner"), [(True, (42, 28), (7, 0)), (False, (48, 32), (10, 2))])
+def test_imagenet_validation_is_the_centre_of_a_larger_resize(train, size, corner):
+    """The shorter side becomes size * 256 / 224 there, and `size` in training without augmentation."""
+    image, (left, top) = Image.fromarray(noise(0, 64, 96, 3)), corner
+    loader = Loader(Split(["a", "b"], 1, lambda i: (image, 0)), arguments("imagenet"), CPU, train=train)
+    ((_, images, _),) = loader.in_order(4)
+    expected = image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + 28, top + 28))
+    assert torch.equal(images, data.to_input(torch.tensor(np.asarray(expected))[None], 28))
+    loader.resized_crop = True  # as with augmentation: drawn for a sample in an epoch
+    crops = [loader.decode(i, key=(1, epoch))[0] for i, epoch in ((0, 0), (1, 0), (0, 1))]
+    assert len({crop.numpy().tobytes() for crop in crops}) == 3
 
 
-@pytest.mark.parametrize(
-    ("harm", "message"),
-    [
-        (lambda home: (home / "wnids.txt").unlink(), r"wnids\.txt is missing"),
-        (lambda home: shutil.rmtree(home / "train" / "n01"), r"train/n01/images has 0 images, other classes 4"),
-        (lambda home: next((home / "train" / "n02" / "images").iterdir()).unlink(), r"train/n02/images has 3 images, other classes 4"),
-        (lambda home: (home / "val" / "images" / "val_3.JPEG").unlink(), r"lists val_3\.JPEG, which is not there"),
-        (lambda home: (home / "val" / "val_annotations.txt").write_text(""), r"lists 0 of 6 images"),
-        (lambda home: (home / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn01\t0\n"), r"lists 1 of 6 images"),
-        (lambda home: (home / "wnids.txt").write_text(""), r"lists no class or holds no training image"),
-        (lambda home: [shutil.rmtree(home / "train" / f"n0{i}") for i in (1, 2, 3)], r"lists no class or holds no training image"),
-    ],
-    ids=["wnids", "class", "image", "val", "no annotations", "annotations", "no classes", "no train"],
-)
-def test_half_extracted_tiny_imagenet(tiny_imagenet, harm, message):
-    harm(tiny_imagenet / "tiny-imagenet-200")
-    with pytest.raises(InputError, match=message) as error:
-        load_splits("tiny_imagenet", str(tiny_imagenet))
-    assert "unpack tiny-imagenet-200.zip" in str(error.value)
+def test_image_and_mask_are_flipped_together():
+    """Every image shows its mask, and still does after augmentation."""
+    masks = noise(0, 20, 28, 28, high=200)
+    split = Split(["a"] * 200, 20, lambda i: (Image.fromarray(masks[i]).convert("RGB"), masks[i]), masks=True)
+    loader = Loader(split, arguments("folder", SEGMENTATION, map_size=28), CPU, augment=True)
+    mean, std = data.mean_and_std(CPU.device)
+    images, targets = (torch.cat(parts) for parts in zip(*loader.epoch(0), strict=True))
+    assert torch.equal((images * std + mean).round().long(), targets[:, None].expand(-1, 3, -1, -1))
+    original = {mask.tobytes() for mask in masks}
+    assert 0 < sum(target.byte().numpy().tobytes() in original for target in targets) < 20
 
 
-@pytest.mark.parametrize(
-    ("harm", "message"),
-    [
-        (lambda root: shutil.rmtree(root / "val"), "val/ is missing"),
-        (lambda root: [shutil.rmtree(root / "train" / f"class{i}") for i in (1, 2)], "1 class folders; at least two"),
-        (lambda root: (root / "val" / "other").mkdir(), "val/other: no such class"),
-        (lambda root: [path.unlink() for path in (root / "train" / "class1").iterdir()], "train/class1 holds no image"),
-        (lambda root: [path.unlink() for path in root.glob("val/*/*")], "val holds no image"),
-    ],
-    ids=["no val", "one class", "unknown class", "empty class", "empty val"],
-)
-def test_folders_that_are_refused(image_folder, harm, message):
-    harm(image_folder)
-    with pytest.raises(InputError, match=message):
-        load_splits("folder", str(image_folder))
+def test_native_masks_keep_their_sizes(mask_folder):
+    (split, _), wanted = splits("folder", mask_folder), [[3, 0], [5]]
+    loader = Loader(split, arguments("folder", SEGMENTATION), CPU, sides=[28, 42], native=True)
+    for indices, (small, large, masks) in zip(wanted, loader.fetch(map(torch.tensor, wanted)), strict=True):
+        assert small.shape == (len(indices), 3, 28, 28) and large.shape == (len(indices), 3, 42, 42)
+        assert all(np.array_equal(mask, split.read(i)[1]) for i, mask in zip(indices, masks, strict=True))
 
 
-@pytest.mark.parametrize(("name", "archive"), [("cifar10", "cifar-10-python"), ("cifar100", "cifar-100-python"), ("stl10", "stl10_binary")])
-def test_missing_torchvision_sets_name_the_archive(name, archive, tmp_path):
-    with pytest.raises(InputError, match=rf"add --download, or unpack {archive}\.tar\.gz"):
-        load_splits(name, str(tmp_path))
+def test_limits_keep_all_classes_and_a_fraction_is_the_seeds():
+    def load(**more):
+        train, val = load_data(arguments(data_root=".", download=False, limit_train=100, limit_val=2000, **more), CPU)
+        assert len(val) == 1000
+        return [(np.asarray(image).tobytes(), label) for image, label in map(train.read, range(len(train)))]
 
-
-def test_data_root_comes_from_the_environment(tiny_imagenet, monkeypatch):
-    with pytest.raises(InputError, match="--data-root datasets: no such directory"):
-        monkeypatch.chdir(tiny_imagenet)
-        load_splits("tiny_imagenet", None)
-    monkeypatch.setenv("GRPO_RM_DATA", str(tiny_imagenet))
-    assert len(load_splits("tiny_imagenet", None)[0]) == 12
-
-
-def test_a_download_is_checked_before_it_is_unpacked(tmp_path, monkeypatch):
-    asked = {}
-
-    def refuse(url, root, md5):
-        asked.update(url=url, md5=md5)
-        raise RuntimeError("File not found or corrupted.")
-
-    monkeypatch.setattr(data, "download_and_extract_archive", refuse)
-    with pytest.raises(InputError, match="fetch it by hand"):
-        load_splits("tiny_imagenet", str(tmp_path / "new"), download=True)
-    assert asked["md5"] == "90528d7ca1a48142e341f4ef8d21d0de" and asked["url"].endswith("tiny-imagenet-200.zip")
-    with pytest.raises(InputError, match="cannot be downloaded for you"):
-        load_splits("imagenet", str(tmp_path), download=True)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("content", [b"", b"not an image", None], ids=["empty", "text", "truncated"])
-def test_an_unreadable_image_is_named(image_folder, content, stream, monkeypatch):
-    bad = image_folder / "train" / "class1" / "0.jpg"
-    write_image(bad, 0, (64, 64))
-    bad.write_bytes(bad.read_bytes()[:500] if content is None else content)
-    if stream:
-        monkeypatch.setattr(data, "RESIDENT_BYTES", 0)
-    split, _ = load_splits("folder", str(image_folder))
-    with pytest.raises(InputError, match=r"class1/0\.jpg cannot be read") as error:
-        list(TrainLoader(split, CLASSIFICATION["folder"], 28, 5, CPU, 2, seed=0, augment=True).epoch(0))
-    assert "\n" not in str(error.value)
-
-
-def test_limits_keep_all_classes_and_fractions_are_shared():
-    split = data.Split(list("abcde"), torch.arange(5).repeat_interleave(20), lambda i: i)
-    assert limit(split, 10).targets.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-    assert limit(split, None) is split and limit(split, 1000) is split and fraction(split, 1.0, 0) is split
-    tenth = fraction(split, 0.1, seed=3)
-    assert len(tenth) == 10
-    assert [tenth.read(i) for i in range(10)] == [fraction(split, 0.1, seed=3).read(i) for i in range(10)]
-    assert [tenth.read(i) for i in range(10)] != [fraction(split, 0.1, seed=4).read(i) for i in range(10)]
-    assert all(split.targets[tenth.read(i)] == tenth.targets[i] for i in range(10))
+    everything, some = load(), load(train_fraction=0.1)
+    assert len(everything) == 100 and len({label for _, label in everything}) == 10
+    assert len(some) == 10 and set(some) <= set(everything)
+    assert load(train_fraction=0.1, method="finetune") == some != load(train_fraction=0.1, seed=2)

@@ -1,63 +1,80 @@
-"""The evaluations against brute force, and their independence of the number of processes."""
+"""The evaluations against brute force, what they say about their run, and that processes do not change a digit."""
 
+import argparse
 import json
 import os
 import shutil
 from collections import defaultdict
+from functools import cache
 
+import numpy as np
 import pytest
+import test_data
 import torch
-from conftest import CLASSIFICATION, TINY, free_port, run_script, stderr_of
+import torch.nn.functional as F
+from conftest import CPU, TINY, free_port, run_script, stderr_of
+from PIL import Image
 
+import backbone
+import cli
+import data
 import eval_knn
 import eval_linear
 import train_cls
-from data import EvalLoader, draw_shapes_split
+import train_seg
+from backbone import load_backbone
+from data import VOID, Loader, Split, load_splits
 from eval_knn import knn_predict
-from eval_linear import fit_softmax_regression
-from grpo_rm import class_tokens, init_world, load_backbone
+from eval_linear import PatchTokens, confusion_matrix, fit_softmax_regression, predict, segmentation_scores
+
+mask_folder = test_data.mask_folder
+SEGMENTATION = ["--device", "cpu", "--workers", "1", "--map-size", "8", "--epochs", "2", "--backbone", "vit_tiny"]
 
 
-def brute_force(train, labels, test, num_classes, k):
+def result_of(path):
+    return json.loads(path.read_text())
+
+
+# k nearest neighbours
+
+
+def brute_force(train, labels, test, k):
     """One neighbour at a time: votes first, then summed similarity."""
     predictions = []
     for x in test:
         similarity = [(torch.dot(x, y) / (x.norm() * y.norm())).item() for y in train]
-        nearest = sorted(range(len(train)), key=lambda i: -similarity[i])[:k]
         votes = defaultdict(lambda: [0, 0.0])
-        for i in nearest:
+        for i in sorted(range(len(train)), key=lambda i: -similarity[i])[:k]:
             votes[labels[i].item()][0] += 1
             votes[labels[i].item()][1] += similarity[i]
         predictions.append(max(votes, key=lambda label: tuple(votes[label])))
-    return torch.tensor(predictions)
+    return predictions
 
 
-@pytest.mark.parametrize(("n", "m", "k", "chunk"), [(200, 37, 5, 1024), (200, 37, 5, 8), (3, 10, 5, 4), (50, 1, 1, 1), (60, 99, 20, 10)])
+@pytest.mark.parametrize(
+    ("n", "m", "k", "chunk"), [(200, 37, 5, 1024), (200, 37, 5, 8), (50, 1, 1, 1), (60, 99, 9, 10)]
+)
 def test_knn_equals_brute_force(n, m, k, chunk, monkeypatch):
     generator = torch.Generator().manual_seed(n + k)
     train, test = (torch.randn(size, 4, generator=generator, dtype=torch.float64) for size in (n, m))
     labels = torch.randint(4, (n,), generator=generator)
-    expected = brute_force(train, labels, test, 4, k)
-    assert torch.equal(knn_predict(train, labels, test, num_classes=4, k=k, chunk=chunk), expected)
-    monkeypatch.setattr(eval_knn, "BLOCK", 64)  # the training features in many blocks
-    assert torch.equal(knn_predict(train, labels, test, num_classes=4, k=k, chunk=chunk), expected)
+    for block in (eval_knn.BLOCK, 64):  # the training features at once, and in many blocks
+        monkeypatch.setattr(eval_knn, "BLOCK", block)
+        predictions = knn_predict(train, labels, test, num_classes=4, k=k, chunk=chunk)
+        assert predictions.tolist() == brute_force(train, labels, test, k)
 
 
 def test_knn_tie_goes_to_the_nearer_class():
-    angles = torch.tensor([0.5, 0.1, 0.2, 0.4, 3.0])
-    train = torch.stack([angles.cos(), angles.sin()], 1)
-    labels = torch.tensor([0, 0, 1, 1, 2])
-    test = torch.tensor([[1.0, 0.0]])
+    angles, labels = torch.tensor([0.5, 0.1, 0.2, 0.4, 3.0]), torch.tensor([0, 0, 1, 1, 2])
+    train, test = torch.stack([angles.cos(), angles.sin()], 1), torch.tensor([[1.0, 0.0]])
     # one of class 2; two of 0 at cos .5 + cos .1 = 1.873, two of 1 at cos .2 + cos .4 = 1.901
-    assert knn_predict(train, labels, test, num_classes=3, k=5).tolist() == [1]
     assert knn_predict(train, labels, 100 * test, num_classes=3, k=5).tolist() == [1]
+    for k in (0, 6):
+        with pytest.raises(ValueError, match=f"k is {k}, but there are 5 training features"):
+            knn_predict(train, labels, test, num_classes=3, k=k)
 
 
-def test_knn_without_training_features_or_test_features():
-    with pytest.raises(ValueError, match="at least one"):
-        knn_predict(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), torch.ones(1, 3), num_classes=2)
-    labels = torch.zeros(2, dtype=torch.int64)
-    assert knn_predict(torch.ones(2, 3), labels, torch.zeros(0, 3), num_classes=2).shape == (0,)
+# Softmax regression
 
 
 def test_softmax_regression_finds_the_optimum():
@@ -65,12 +82,12 @@ def test_softmax_regression_finds_the_optimum():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(300, 3, generator=generator, dtype=torch.float64)
     targets = (features @ torch.randn(3, 4, generator=generator, dtype=torch.float64)).argmax(1)
-    targets = torch.where(torch.rand(300, generator=generator) < 0.3, torch.randint(4, (300,), generator=generator), targets)
+    noise = torch.randint(4, (300,), generator=generator)
+    targets = torch.where(torch.rand(300, generator=generator) < 0.3, noise, targets)
     torch.set_default_dtype(torch.float64)
     try:
-        recipe = dict(epochs=200, batch_size=300, lr=0.1, lr_end=1e-4, seed=0)
-        layer = fit_softmax_regression(features, targets, 4, **recipe)
-        again = fit_softmax_regression(features, targets, 4, **recipe)
+        recipe = {"epochs": 200, "batch_size": 300, "lr": 0.1, "lr_end": 1e-4, "seed": 0}
+        layer, again = (fit_softmax_regression(features, targets, 4, **recipe) for _ in range(2))
         best = torch.nn.Linear(3, 4)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -78,110 +95,323 @@ def test_softmax_regression_finds_the_optimum():
 
     def closure():
         optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(best(features), targets)
+        loss = F.cross_entropy(best(features), targets)
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    reached = torch.nn.functional.cross_entropy(layer(features), targets)
-    assert reached.item() == pytest.approx(closure().item(), abs=1e-5)
+    assert F.cross_entropy(layer(features), targets).item() == pytest.approx(closure().item(), abs=1e-5)
     assert torch.equal(layer.weight, again.weight)
 
 
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("runs") / "shapes" / "grpo_rm" / "seed3"
-    train_cls.main([*TINY, "--batch-size", "50", "--epochs", "1", "--seed", "3", "--output-dir", str(directory)])
-    return directory
+# What a result says
 
 
-def test_results_know_their_run(finished_run):
-    for module, name in ((eval_linear, "eval_linear.json"), (eval_knn, "eval_knn.json")):
-        module.main([*TINY, "--weights", str(finished_run / "backbone.pth"), "--batch-size", "32"])
-        result = json.loads((finished_run / name).read_text())
-        assert (result["dataset"], result["method"], result["seed"]) == ("shapes", "grpo_rm", 3)
-        assert (result["train_images"], result["val_images"]) == (100, 40)
-        assert 0 <= result["top1"] <= 100 and result["top1"] * 40 / 100 == pytest.approx(round(result["top1"] * 40 / 100))
+@pytest.fixture
+def finished_run(tmp_path):
+    """A run of one epoch with seed 3; its evaluation's flags."""
+    flags = ["--epochs", "1", "--batch-size", "50", "--seed", "3", "--image-size", "56"]
+    train_cls.main([*TINY, *flags, "--output-dir", str(tmp_path / "run")])
+    return [*TINY, "--weights", str(tmp_path / "run" / "backbone.pth")]
 
 
-def test_frozen_baseline_is_the_backbone_training_starts_from(finished_run, tmp_path):
+@pytest.mark.parametrize(("module", "name"), [(eval_linear, "eval_linear.json"), (eval_knn, "eval_knn.json")])
+def test_results_know_their_run(module, name, finished_run, tmp_path):
+    module.main([*finished_run, "--batch-size", "32"])
+    result = result_of(tmp_path / "run" / name)
+    expected = {"dataset": "shapes", "method": "grpo_rm", "seed": 3, "backbone": "vit_tiny", "image_size": 56}
+    expected |= {"train_images": 100, "val_images": 40, "weights": finished_run[-1]}
+    assert {key: result[key] for key in expected} == expected
+    assert 0 <= result["top1"] <= 100 and result["top1"] * 40 / 100 == pytest.approx(round(result["top1"] * 40 / 100))
+
+
+def test_frozen_baseline_is_the_backbone_training_starts_from(tmp_path, monkeypatch):
     """Same seed, same random vit_tiny: its k-NN equals that of the weights saved before any step."""
-    eval_knn.main([*TINY, "--seed", "3", "--output", str(tmp_path / "frozen.json")])
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(3)
-    torch.save(load_backbone("vit_tiny").state_dict(), tmp_path / "start.pth")
-    eval_knn.main([*TINY, "--seed", "3", "--weights", str(tmp_path / "start.pth"), "--output", str(tmp_path / "start.json")])
-    frozen, start = (json.loads((tmp_path / name).read_text()) for name in ("frozen.json", "start.json"))
-    assert frozen["top1"] == start["top1"] and frozen["method"] == start["method"] == "frozen" and frozen["seed"] == 3
+    torch.save(load_backbone("vit_tiny").state_dict(), "start.pth")
+    eval_knn.main([*TINY, "--seed", "3"])
+    eval_knn.main([*TINY, "--seed", "3", "--weights", "start.pth", "--output", "start.json"])
+    eval_knn.main([*TINY, "--seed", "4", "--output", "other.json"])
+    frozen = result_of(tmp_path / "runs" / "shapes" / "frozen" / "seed3" / "eval_knn.json")
+    start, other = (result_of(tmp_path / name) for name in ("start.json", "other.json"))
+    assert frozen["top1"] == start["top1"] != other["top1"]
+    assert frozen["method"] == start["method"] == "frozen" and (frozen["seed"], frozen["weights"]) == (3, None)
 
 
-def test_evaluation_does_not_depend_on_the_number_of_processes(finished_run, tmp_path):
-    for script in ("eval_linear.py", "eval_knn.py"):
-        results = []
-        for nproc in (1, 4):
-            output = tmp_path / f"{script}{nproc}.json"
-            arguments = (*TINY, "--weights", finished_run / "backbone.pth", "--batch-size", "16", "--output", output)
-            done = run_script(script, *arguments, nproc=nproc)
-            assert done.returncode == 0, done.stderr
-            results.append(json.loads(output.read_text()) | {"output": None})
-        assert results[0] == results[1]
+def test_weights_of_a_run_on_other_data_need_an_output(finished_run, image_folder, tmp_path, capsys):
+    flags = ["--dataset", "folder", "--image-size", "28", "--device", "cpu", "--data-root"]
+    refused = (*flags, image_folder, *finished_run[-2:])
+    assert "come from a run on another dataset" in stderr_of(capsys, eval_knn.main, *refused)
+    eval_knn.main([str(part) for part in (*refused, "--output", tmp_path / "other.json")])
+    assert result_of(tmp_path / "other.json")["method"] == "grpo_rm"
 
-
-def test_validation_images_never_train_the_linear_layer(monkeypatch, tmp_path):
-    """The layer is fitted to the training features, and its score is that of the validation features."""
-    seen = {}
-    monkeypatch.setattr(eval_linear, "frozen_features", lambda *a: seen.setdefault("all", original(*a)))
-    monkeypatch.setattr(eval_linear, "fit_softmax_regression", lambda f, t, *a, **k: seen.setdefault("fit", (f, t)) and fit(f, t, *a, **k))
-    eval_linear.main([*TINY, "--epochs", "3", "--output", str(tmp_path / "result.json")])
-    train, val, classes = seen["all"]
-    assert torch.equal(seen["fit"][0], train[0]) and torch.equal(seen["fit"][1], train[1]) and len(train[0]) == 100
-    layer = fit(*train, len(classes), epochs=3, batch_size=1024, lr=4e-3, lr_end=4e-5, seed=0)
-    expected = (layer(val[0]).argmax(1) == val[1]).double().mean().item()
-    assert json.loads((tmp_path / "result.json").read_text())["top1"] == pytest.approx(100 * expected)
-
-
-original, fit = eval_linear.frozen_features, fit_softmax_regression
-
-
-def ranks_extract(rank, size, port, directory):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    world = init_world("cpu")
-    torch.manual_seed(0)
-    loader = EvalLoader(draw_shapes_split(41, seed=0), CLASSIFICATION["shapes"], 42, 8, world, 1)
-    torch.save(class_tokens(load_backbone("vit_tiny"), loader, "off", world), f"{directory}/{size}_{rank}.pth")
-    if world.size > 1:
-        torch.distributed.destroy_process_group()
-
-
-def test_features_are_the_same_bits_on_any_number_of_processes(tmp_path):
-    for size in (1, 2, 3, 4):
-        torch.multiprocessing.spawn(ranks_extract, (size, free_port(), str(tmp_path)), nprocs=size)
-    expected = torch.load(tmp_path / "1_0.pth", weights_only=True)
-    assert expected[0].abs().amin(0).min() > 0 and expected[1].tolist() == [i % 10 for i in range(41)]
-    for file in tmp_path.glob("[234]_*.pth"):
-        features = torch.load(file, weights_only=True)
-        assert all(torch.equal(a, b) for a, b in zip(features, expected, strict=True))
-
-
-def test_weights_of_a_run_can_be_a_baseline(finished_run, tmp_path):
-    eval_knn.main([*TINY, "--weights", str(finished_run / "backbone.pth"), "--seed", "7", "--frozen", "--output", str(tmp_path / "k.json")])
-    result = json.loads((tmp_path / "k.json").read_text())
-    assert (result["method"], result["seed"]) == ("frozen", 7)
-
-
-def test_weights_of_a_run_on_another_dataset_need_an_output(finished_run, image_folder, capsys):
-    command = ["--dataset", "folder", "--data-root", image_folder, "--image-size", "42", "--device", "cpu"]
-    command += ["--weights", finished_run / "backbone.pth"]
-    assert "come from a run on another dataset" in stderr_of(capsys, eval_knn.main, *command)
-    eval_knn.main([str(part) for part in [*command, "--output", finished_run / "other.json"]])
-    assert json.loads((finished_run / "other.json").read_text())["method"] == "grpo_rm"
-
-
-def test_weights_of_a_run_on_another_folder_need_an_output(image_folder, tmp_path, capsys):
-    flags = ["--image-size", "42", "--device", "cpu", "--backbone", "vit_tiny", "--dataset", "folder", "--data-root"]
-    train_cls.main([*flags, str(image_folder), "--batch-size", "6", "--epochs", "1", "--output-dir", str(tmp_path / "run")])
-    shutil.copytree(image_folder, tmp_path / "other")
-    weights = ["--weights", str(tmp_path / "run" / "backbone.pth")]
-    assert "come from a run on another dataset" in stderr_of(capsys, eval_knn.main, *flags, tmp_path / "other", *weights)
+    shutil.copytree(image_folder, tmp_path / "copy")
+    run = ["--backbone", "vit_tiny", "--batch-size", "6", "--epochs", "1", "--output-dir", str(tmp_path / "second")]
+    train_cls.main([*flags, str(image_folder), *run])
+    weights = ["--weights", str(tmp_path / "second" / "backbone.pth")]
+    assert "come from a run on another dataset" in stderr_of(capsys, eval_knn.main, *flags, tmp_path / "copy", *weights)
     eval_knn.main([*flags, os.path.relpath(image_folder), *weights])  # the same, by another name
-    assert json.loads((tmp_path / "run" / "eval_knn.json").read_text())["data_root"] == str(image_folder)
+    assert result_of(tmp_path / "second" / "eval_knn.json")["train_images"] == 18
+
+
+@pytest.mark.parametrize("module", [train_cls, train_seg, eval_linear, eval_knn])
+def test_missing_weights_are_named_before_anything_is_loaded(module, tmp_path, monkeypatch, capsys):
+    for name in ("load_splits", "download_and_extract_archive"):
+        monkeypatch.setattr(data, name, lambda *args, **options: pytest.fail("data were loaded"))
+    monkeypatch.setattr(backbone, "load_backbone", lambda *args, **options: pytest.fail("a backbone was loaded"))
+    monkeypatch.chdir(tmp_path)
+    dataset = "voc2012" if module is train_seg else "cifar10"
+    error = stderr_of(capsys, module.main, "--dataset", dataset, "--device", "cpu", "--weights", "none.pth")
+    assert "--weights none.pth: no such file" in error and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "message"),
+    [
+        (eval_knn, ["--limit-train", "4"], "--k 5 is more than the 4 training images"),
+        (eval_knn, ["--dataset", "shapes_seg"], "--dataset shapes_seg"),
+        (eval_linear, ["--features", "multiscale"], "are for segmentation"),
+        (eval_linear, ["--save-images", "2"], "are for segmentation"),
+        (eval_linear, ["--lr", "1e-3", "--lr-end", "1e-2"], "--lr-end 0.01 is above --lr 0.001"),
+        (eval_linear, ["--image-size", "40"], "--image-size 40 is no"),
+    ],
+)
+def test_bad_arguments_are_named_in_one_line(module, flags, message, tmp_path, capsys):
+    given = ("--device", "cpu", "--workers", 1, "--limit-val", 4, *flags, "--output", tmp_path / "r.json")
+    assert message in stderr_of(capsys, module.main, *given)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fit", ["fit_softmax_regression", "fit_segmenter"])
+def test_validation_images_never_train_the_layer(fit, tmp_path, monkeypatch):
+    """Other validation images, the same layer; other training images, another layer. The score is validation's."""
+    found = {}
+
+    def record(name, function):
+        return lambda *given, **recipe: found.setdefault(name, []).append(function(*given, **recipe)) or found[name][-1]
+
+    for name in (fit, "class_tokens"):
+        monkeypatch.setattr(eval_linear, name, record(name, getattr(eval_linear, name)))
+    dataset = "shapes" if fit == "fit_softmax_regression" else "shapes_seg"
+    flags = [*SEGMENTATION, "--dataset", dataset, "--image-size", "28", "--output", str(tmp_path / "r.json")]
+    for train, val in ((20, 4), (21, 4), (20, 9)):
+        eval_linear.main([*flags, "--limit-train", str(train), "--limit-val", str(val)])
+    states = [torch.cat([x.flatten().double() for x in layer.state_dict().values()]) for layer in found[fit]]
+    assert torch.equal(states[0], states[2]) and not torch.equal(states[0], states[1])
+    if dataset == "shapes":
+        _, (features, targets), _ = found["class_tokens"][2]
+        share = (found[fit][2](features).argmax(1) == targets).double().mean().item()
+        assert result_of(tmp_path / "r.json")["top1"] == pytest.approx(100 * share, abs=1e-4) and len(targets) == 9
+
+
+# Scores of segmentation
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_equal_counting_pixel_by_pixel(seed):
+    rng = np.random.default_rng(seed)
+    truth, prediction = rng.integers(0, 5, (4, 9, 7)), rng.integers(0, 6, (4, 9, 7))  # class 6 is in neither
+    prediction[rng.random(truth.shape) < 0.5] = truth[0, 0, 0]
+    truth[rng.random(truth.shape) < 0.1] = VOID
+    tp, fp, fn = ([0] * 7 for _ in range(3))
+    for t, p in zip(truth.flat, prediction.flat, strict=True):
+        if t != VOID:
+            tp[t] += t == p
+            fn[t] += t != p
+            fp[p] += t != p
+    confusion = sum(confusion_matrix(*map(torch.tensor, pair), 7) for pair in zip(prediction, truth, strict=True))
+    assert confusion.dtype == torch.int64 and confusion.sum() == sum(tp) + sum(fn)
+    assert confusion[1, 2] == ((truth == 1) & (prediction == 2)).sum()  # rows truth, columns prediction
+    each = [tp[c] / (tp[c] + fp[c] + fn[c]) if tp[c] + fp[c] + fn[c] else None for c in range(7)]
+    present = [iou for iou in each if iou is not None]
+    scores = segmentation_scores(confusion)
+    assert scores.pop("per_class_iou") == [None if iou is None else pytest.approx(iou) for iou in each]
+    counted = {"pixel_acc": sum(tp) / (sum(tp) + sum(fn)), "miou": sum(present) / len(present)}
+    assert scores == pytest.approx(counted | {"iou": sum(tp) / (sum(tp) + sum(fp) + sum(fn))}) and len(present) == 6
+
+
+def test_scores_without_any_pixel_are_zero():
+    scores = segmentation_scores(torch.zeros(3, 3, dtype=torch.int64))
+    assert scores == {"pixel_acc": 0.0, "iou": 0.0, "miou": 0.0, "per_class_iou": [None, None, None]}
+
+
+def test_the_papers_frozen_rows_fit_the_micro_average():
+    """Tables 2 and 4: IoU = acc / (2 - acc) for every DINOv2 row."""
+    rows = {0.9306: 0.8702, 0.7019: 0.5407, 0.9404: 0.8875, 0.7102: 0.5507, 0.6343: 0.4645, 0.6457: 0.4768}
+    for accuracy, iou in rows.items():
+        hits = round(10000 * accuracy)
+        assert segmentation_scores([[hits, 10000 - hits], [0, 0]])["iou"] == pytest.approx(iou, abs=1.01e-4)
+
+
+# Linear layer on patch tokens
+
+
+def tokens_of(layers=1, world=CPU, count=37):
+    drawn = load_splits("shapes_seg", ".", "segmentation", download=False)[0]
+    split = Split(drawn.classes, count, cache(drawn.read), masks=True)
+    torch.manual_seed(0)
+    args = argparse.Namespace(task="segmentation", dataset="shapes_seg", image_size=28, map_size=12, workers=1, seed=0)
+    return PatchTokens(load_backbone("vit_tiny"), Loader(split, args, world), layers, "off")
+
+
+def test_multiscale_features_are_the_last_four_layers():
+    images, features = torch.randn(2, 3, 42, 42), tokens_of(4, count=1)
+    model = features.backbone
+    with torch.no_grad():
+        last = model.forward_features(images)["x_norm_patchtokens"].transpose(1, 2).unflatten(2, (3, 3))
+        first = model.get_intermediate_layers(images, n=4, reshape=True)[0]
+    assert features.of(images).shape == (2, 4 * 96, 3, 3) and not torch.equal(first, last)
+    torch.testing.assert_close(features.of(images)[:, -96:], last)
+    torch.testing.assert_close(features.of(images)[:, :96], first)
+    torch.testing.assert_close(tokens_of(1, count=1).of(images), last)
+
+
+def test_kept_and_recomputed_tokens_give_the_same_layer(monkeypatch):
+    recipe = {"epochs": 2, "batch_size": 20, "lr": 1e-2, "lr_end": 1e-3, "seed": 0}
+    kept = tokens_of()
+    monkeypatch.setattr(eval_linear, "KEPT_BYTES", 0)
+    recomputed = tokens_of()
+    assert kept.kept is not None and recomputed.kept is None
+    one, other = (eval_linear.fit_segmenter(source, 11, **recipe).state_dict() for source in (kept, recomputed))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert one["linear.weight"].abs().max() > 0.02  # has learned: it starts from a deviation of 0.01
+
+
+def test_the_gradient_of_the_layer_is_that_of_the_whole_batch(monkeypatch):
+    """Upsampled and scored a chunk at a time, with void pixels, against one plain cross-entropy, in float64."""
+    monkeypatch.setattr(eval_linear, "CHUNK", 2)
+    logits, copy = (torch.randn(5, 4, 3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    copy.data = logits.detach().clone()
+    masks = torch.randint(0, 4, (5, 9, 9), dtype=torch.uint8)
+    masks[:, :2], masks[3] = VOID, VOID
+    eval_linear.upsampled_cross_entropy(logits, masks)
+    F.cross_entropy(F.interpolate(copy, size=(9, 9), mode="bilinear"), masks.long(), ignore_index=VOID).backward()
+    torch.testing.assert_close(logits.grad, copy.grad, rtol=1e-12, atol=1e-15)
+
+
+def test_predict_averages_probabilities():
+    torch.manual_seed(0)
+    logits = [3 * torch.randn(5, side, side) for side in (4, 5, 7)]
+    maps = [F.interpolate(x[None], size=(33, 47), mode="bilinear")[0] for x in logits]
+    assert torch.equal(predict(logits, (33, 47)), sum(x.softmax(0) for x in maps).argmax(0))
+    assert torch.equal(predict(logits[:1], (33, 47)), maps[0].argmax(0))
+    assert not torch.equal(predict(logits, (33, 47)), sum(maps).argmax(0))
+
+
+@pytest.mark.parametrize("features", ["linear", "multiscale"])
+def test_images_are_scored_at_the_size_of_their_masks(features, mask_folder, tmp_path, monkeypatch):
+    """The result against predictions made here, image by image, scale by scale, each with its mirror image."""
+    seen = {}
+
+    def spy(source, segmenter, split, args, *rest):
+        seen.update(source=source, segmenter=segmenter, split=split, args=args)
+        return confusion_of(source, segmenter, split, args, *rest)
+
+    confusion_of = eval_linear.confusion_of
+    monkeypatch.setattr(eval_linear, "confusion_of", spy)
+    flags = [*SEGMENTATION, "--dataset", "folder", "--data-root", str(mask_folder), "--image-size", "56"]
+    flags += ["--features", features, "--output", str(tmp_path / "r.json")]
+    eval_linear.main([*flags, "--save-images", "2"])
+    result, split, confusion, found = result_of(tmp_path / "r.json"), seen["split"], 0, []
+
+    sides = [56] if features == "linear" else [56, 70, 98]  # 56 * 1.32 and 56 * 1.73 in whole patches
+    loader = Loader(split, seen["args"], CPU, sides=sides, native=True)
+    ((*scaled, masks),) = loader.fetch([torch.arange(4)])
+    for i, mask in enumerate(masks):
+        total = 0
+        for x in scaled:
+            for mirrored in (False, True) if features == "multiscale" else (False,):
+                layers = seen["source"].of(x.flip(3) if mirrored else x)
+                with torch.no_grad():
+                    logits = seen["segmenter"](layers)[i : i + 1]
+                logits = logits.flip(3) if mirrored else logits
+                total = total + F.interpolate(logits, size=mask.shape, mode="bilinear")[0].softmax(0)
+        found.append(total.argmax(0))
+        assert np.array_equal(mask, split.read(i)[1])
+        confusion = confusion + confusion_matrix(found[-1], mask, 3)
+    scores = segmentation_scores(confusion)
+    assert result["val_pixels"] == confusion.sum() == sum((mask != VOID).sum() for mask in masks)
+    assert all(result[name] == pytest.approx(100 * scores[name], abs=1e-4) for name in ("pixel_acc", "iou", "miou"))
+    assert list(result["per_class_iou"]) == ["sky", "road", "car"]
+    assert (result["method"], result["features"]) == ("frozen", features)
+
+    saved = tmp_path / "r_images"
+    names = [f"{i:06d}_{kind}.png" for i in (0, 3) for kind in ("image", "prediction", "truth")]
+    assert sorted(path.name for path in saved.iterdir()) == names
+    for name, labels in (("prediction", found[3]), ("truth", masks[3])):
+        with Image.open(saved / f"000003_{name}.png") as image:
+            assert image.mode == "P" and np.array_equal(image, labels)
+            assert image.getpalette()[:6] == [0, 0, 0, 128, 0, 0]
+    with Image.open(saved / "000003_image.png") as image:
+        assert np.array_equal(image, split.read(3)[0])
+    eval_linear.main([*flags, "--save-images", "1"])  # leaves no picture of before
+    assert sorted(path.name for path in saved.iterdir()) == names[:3]
+
+
+def test_palette_is_vocs():
+    expected = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 3: (128, 128, 0), 15: (192, 128, 128), 20: (0, 64, 128)}
+    colours = eval_linear.palette().tolist()
+    assert all(tuple(colours[i]) == colour for i, colour in (expected | {255: (224, 224, 192)}).items())
+    assert len({*map(tuple, colours)}) == 256
+
+
+# Processes
+
+
+@pytest.fixture
+def one_thread():
+    """As many as run_script gives a process: sums do not depend on the machine's cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def extract(world):
+    """Class tokens, and patch tokens kept and computed anew, with targets and masks."""
+    flags = "--limit-train 50 --limit-val 20 --batch-size 16 --workers 2 --seed 0 --backbone vit_tiny".split()
+    args = eval_linear.parse_args(flags)
+    cli.resolve_model_arguments(args, world, data.resolve_dataset(args, "classification"))
+    train, val, _ = eval_linear.class_tokens(args, world)
+    source, batches = tokens_of(1, world), [torch.arange(36, -1, -1)]
+    (kept,) = source.batches(batches)
+    (computed,) = source.compute(batches)
+    return [*train, *val, *kept, *computed]
+
+
+def extract_on_two_ranks(rank, port, directory):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.save(extract(cli.start_processes("cpu")), f"{directory}/{rank}.pth")
+    torch.distributed.destroy_process_group()
+
+
+def test_features_are_the_same_bits_on_two_processes(one_thread, tmp_path):
+    torch.multiprocessing.spawn(extract_on_two_ranks, (free_port(), str(tmp_path)), nprocs=2)
+    expected = extract(CPU)
+    assert [len(part) for part in expected] == [50, 50, 20, 20, 37, 37, 37, 37]
+    assert all(part.flatten(1).abs().amax(1).min() > 0 for part in expected if part.dim() > 1)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pth")
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(expected[5], expected[7])
+    torch.testing.assert_close(expected[4], expected[6])
+
+
+MULTISCALE = "--dataset shapes_seg --features multiscale --image-size 28 --limit-train 40 --limit-val 40".split()
+
+
+@pytest.mark.parametrize(
+    ("module", "flags"),
+    [(eval_knn, TINY), (eval_linear, [*TINY, "--epochs", "5"]), (eval_linear, [*SEGMENTATION, *MULTISCALE])],
+    ids=["knn", "linear", "multiscale"],
+)
+def test_evaluations_are_the_same_on_one_and_two_processes(module, flags, one_thread, tmp_path):
+    flags = [*flags, "--batch-size", "16", "--output"]
+    module.main([*flags, str(tmp_path / "1.json")])
+    done = run_script(f"{module.__name__}.py", *flags, tmp_path / "2.json", nproc=2)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    one, two = (result_of(tmp_path / f"{nproc}.json") for nproc in (1, 2))
+    assert one == two and one["val_images"] == 40

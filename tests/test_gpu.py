@@ -1,170 +1,130 @@
-"""What can only be seen on a GPU: its kernels, precisions and compiler, and that the host does not wait for it. Skipped without one."""
+"""What can only be seen on a GPU: its kernels, precisions and compiler, and that the host does not wait for it."""
 
+import copy
+import itertools
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import CLASSIFICATION
-from test_objective import CASES, OPTIONS
-from test_training import without_speed
+from conftest import ROOT
+from soak_resume import read_log
 
+import cli
+import data
+import grpo_rm
 import train_cls
 import train_seg
-from checkpoint import read_log
-from data import TrainLoader, draw_shapes_split
-from grpo_rm import (
-    ClassificationHead,
-    Policy,
-    SegmentationHead,
-    VitTiny,
-    World,
-    compiled_loss,
-    copy_policy,
-    grpo_rm_loss,
-    prepare,
-    training_step,
-)
+from grpo_rm import ClassificationHead, Policy, SegmentationHead, grpo_rm_loss, training_step
+from run import Meter
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-DEVICE = "cuda"
-SHAPES = ["--device", DEVICE, "--workers", "1", "--limit-train", "100", "--limit-val", "40", "--batch-size", "40", "--lr", "1e-3"]
-SCENES = [*SHAPES, "--dataset", "shapes_seg", "--image-size", "56", "--map-size", "28", "--epochs", "2"]
-EITHER = pytest.mark.parametrize("compiled", ["off", "on"])
-AMP = pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-
-
-def loss_and_gradient(function, logits, old, targets, **options):
-    logits = logits.to(DEVICE).clone().requires_grad_()
-    loss, stats = function(logits, old.to(DEVICE), targets.to(DEVICE), **options)
-    return loss.detach(), stats, torch.autograd.grad(loss, logits)[0]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_the_fused_loss_equals_the_plain_one(case):
-    for options in OPTIONS:
-        fused, plain = (loss_and_gradient(grpo_rm_loss, *CASES[case], fused=fused, **options) for fused in (True, False))
-        torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("case", ["samples", "void pixels"])
-def test_the_compiled_loss_equals_the_eager_one(case):
-    for options in OPTIONS[::5]:
-        torch._dynamo.reset()
-        compiled = torch.compile(grpo_rm_loss, dynamic=False, fullgraph=True)
-        found, expected = (loss_and_gradient(function, *CASES[case], **options) for function in (compiled, grpo_rm_loss))
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+WORLD = cli.World(0, 0, 1, torch.device("cuda", 0))
+SHAPES = ["--device", "cuda", "--workers", "1", "--limit-train", "100", "--limit-val", "40", "--batch-size", "40"]
+SHAPES += ["--lr", "1e-3", "--epochs", "2", "--log-every", "1"]  # 3 steps an epoch
+SCENES = [*SHAPES, "--dataset", "shapes_seg", "--image-size", "56", "--map-size", "28"]
+CASES = list(itertools.product(("cls", "seg"), ("off", "bf16"), ([], ["--compile"])))
 
 
 @pytest.mark.parametrize("shape", [(1024, 1000), (2, 171, 128, 128)], ids=["samples", "maps"])
-def test_the_compiled_loss_writes_nothing_of_the_logits_size_but_its_gradient(shape):
-    logits, old = (torch.randn(shape, device=DEVICE) for _ in range(2))
-    if len(shape) == 4:  # as the head leaves them
-        logits, old = (x.contiguous(memory_format=torch.channels_last) for x in (logits, old))
-    targets = torch.randint(shape[1], shape[:1] + shape[2:], device=DEVICE)
-    logits.requires_grad_()
-    function = compiled_loss(targets.numel())
-    for _ in range(2):  # the first call compiles
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        _kept = function(logits, old, targets, ratio_floor=0.1, ignore_index=-100)
-        taken = torch.cuda.max_memory_allocated() - before
-    assert taken < 1.2 * 4 * logits.numel()
-
-
-def two_policies(task: str, amp: str, compiled: str, processes: int = 1):
-    """Policy and old policy as train() has them, of different weights, with images (32, 3, 70, 70), targets and arguments."""
-    torch.manual_seed(0)
+@pytest.mark.parametrize("options", [
+    {"ratio_floor": 0.1}, {"uniformity": "eq5", "background_penalty": 0.5}, {"weighting": "policy"},
+], ids=["floor", "eq5", "policy"])  # fmt: skip
+def test_the_compiled_loss_equals_the_eager_one_and_keeps_little(shape, options):
     torch._dynamo.reset()
-    world = World(0, 0, processes, torch.device(DEVICE))
-    head = ClassificationHead(96, 10) if task == "cls" else SegmentationHead(96, 10, 64, 20)
-    policy = Policy(VitTiny(), head).to(DEVICE)
-    args = train_cls.parse_args(["--amp", amp, "--ratio-floor", "0"])
-    args.lr, args.compile = 1e-3, compiled == "on"
-    old_policy, model, optimizer, scaler = prepare(policy, args, world)
+    torch.manual_seed(0)
+    logits, old_logits = (3 * torch.randn(shape, device="cuda", dtype=torch.float64) for _ in range(2))
+    targets = torch.randint(shape[1], shape[:1] + shape[2:], device="cuda")
+    targets.view(-1)[::7] = -100
+    results, options = [], {"ignore_index": -100, **options}
+    for function in (grpo_rm_loss, torch.compile(grpo_rm_loss, dynamic=False)):
+        for _ in range(2):  # the first call compiles
+            leaf = logits.clone().requires_grad_()
+            before = torch.cuda.memory_allocated()
+            loss, stats = function(leaf, old_logits, targets, **options)
+            kept = torch.cuda.memory_allocated() - before
+            loss.backward()
+        results.append((loss.detach(), stats, leaf.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-12)
+    assert kept < 1.05 * logits.nbytes  # for the backward pass
+
+
+def make_step(task, amp, compiled):
+    """Policy and old policy as train() has them, of different weights, and a function that makes a step with an epoch's
+    first batch and returns the meter."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    script, flags = (train_cls, SHAPES) if task == "cls" else (train_seg, SCENES)
+    args = script.parse_args([*flags, "--amp", amp, "--ratio-floor", "0", *compiled])
+    protocol = data.resolve_dataset(args, "classification", "segmentation")
+    cli.resolve_training_arguments(args, WORLD, protocol, **script.PAPER)
+    split, _ = data.load_data(args, WORLD)
+    head = ClassificationHead(96, 10) if task == "cls" else SegmentationHead(96, 11, 64, args.map_size)
+    policy = Policy(grpo_rm.load_backbone("vit_tiny"), head, args.amp).to("cuda")
+    old_policy = copy.deepcopy(policy).requires_grad_(args.compile)
     with torch.no_grad():
         for parameter in old_policy.parameters():
             parameter.mul_(1.1)
-    images = torch.randn(32, 3, 70, 70, device=DEVICE)
-    targets = torch.randint(10, (32,) if task == "cls" else (32, 20, 20), device=DEVICE)
-    return policy, old_policy, (model, old_policy, optimizer, scaler, images, targets, args, world)
+    for network in (policy, old_policy) if args.compile else ():
+        network.tokens.compile(dynamic=False)
+    rest = (policy.tokens, grpo_rm.make_loss(args), grpo_rm.make_optimizer(policy, args))
+    meter, loader = Meter(), data.Loader(split, args, WORLD, train=True, augment=True)
+
+    def step(epoch):
+        images, targets = next(loader.epoch(epoch))
+        training_step(policy, old_policy, *rest, images, targets, meter, args)
+        return meter
+
+    return policy, old_policy, step
 
 
-@EITHER
-@AMP
-@pytest.mark.parametrize("task", ["cls", "seg"])
-def test_the_ratio_is_exactly_one_right_after_a_refresh(task, amp, compiled):
-    policy, old_policy, step = two_policies(task, amp, compiled)
-    before = training_step(*step)
-    assert before["mean_ratio"] != before["samples"]
-    copy_policy(old_policy, policy)
-    sums = training_step(*step)  # fresh=False: the old policy is asked
-    assert sums["mean_ratio"] == sums["samples"] and sums["max_ratio"] == 1
-    assert abs(sums["loss"] / sums["samples"]) < 1e-6
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_ratio_is_exactly_one_right_after_a_refresh(case):
+    policy, old_policy, step = make_step(*case)
+    assert step(0).read(WORLD)["max_ratio"][0] > 1
+    old_policy.load_state_dict(policy.state_dict())
+    reading = step(1).read(WORLD)
+    assert reading["max_ratio"][0] == 1 and reading["kl"][0] == 0
 
 
-@EITHER
-@AMP
-@pytest.mark.parametrize("task", ["cls", "seg"])
-def test_the_host_does_not_wait_within_a_step(task, amp, compiled):
-    *_, step = two_policies(task, amp, compiled)
-    training_step(*step)
-    world, protocol = step[-1], CLASSIFICATION["shapes"]
-    loader = TrainLoader(draw_shapes_split(80, seed=0), protocol, 70, 32, world, 1, seed=0, augment=True)
-    next(loader.epoch(0))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_host_does_not_wait_within_a_step(case):
+    *_, step = make_step(*case)
+    step(0)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        next(loader.epoch(1))
-        training_step(*step)
-        training_step(*step, True)
+        step(1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@EITHER
-@AMP
-@pytest.mark.parametrize("method", ["grpo_rm", "finetune"])
-def test_a_run_in_every_precision(method, amp, compiled, tmp_path):
-    flags = ["--method", method, "--amp", amp, "--compile", compiled, "--epochs", "3", "--output-dir", str(tmp_path)]
-    train_cls.main([*SHAPES, *flags])
-    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
-    assert last["event"] == "epoch" and last["accuracy"] > 0 and last["peak_memory_gb"] > 0
+@pytest.mark.parametrize(("method", "case"), [*itertools.product(("grpo_rm", "finetune"), CASES[:4])], ids=str)
+def test_a_run_trains(method, case, tmp_path):
+    _, amp, compiled = case
+    train_cls.main([*SHAPES, "--method", method, "--amp", amp, *compiled, "--output-dir", str(tmp_path)])
+    first, *_, last = [event for event in read_log(tmp_path) if event["event"] == "epoch"]
+    assert method == "grpo_rm" or last["loss"] < first["loss"]
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["peak_memory_gb"] > 0
     assert (tmp_path / "backbone.pth").exists()
 
 
-@pytest.fixture
-def deterministic():
-    yield
-    torch.use_deterministic_algorithms(False)
+@pytest.mark.parametrize(("script", "flags"), [(train_cls, SHAPES), (train_seg, SCENES)], ids=["cls", "seg"])
+def test_a_resumed_run_is_close_to_an_uninterrupted_one(script, flags, tmp_path):
+    script.main([*flags, "--output-dir", str(tmp_path / "whole")])
+    for stop in (["--max-steps", "4"], []):
+        script.main([*flags, "--output-dir", str(tmp_path / "parts"), "--resume", *stop])
+    for one, other in zip(read_log(tmp_path / "whole"), read_log(tmp_path / "parts"), strict=True):
+        assert one.pop("event") == other.pop("event") and one["step"] == other["step"]
+        assert other["loss"] == pytest.approx(one["loss"], abs=0.01)
 
 
-@pytest.mark.usefixtures("deterministic")
-@pytest.mark.parametrize(("script", "flags"), [(train_cls, [*SHAPES, "--epochs", "2"]), (train_seg, SCENES)], ids=["cls", "seg"])
-def test_a_deterministic_run_twice_or_in_parts_gives_the_same_bits(script, flags, tmp_path):
-    flags = [*flags, "--deterministic", "--log-every", "1"]
-    for name in ("one", "two"):
-        script.main([*flags, "--output-dir", str(tmp_path / name)])
-    parts = [*flags, "--output-dir", str(tmp_path / "parts")]
-    script.main([*parts, "--max-steps", "4"])  # within the second epoch of three steps
-    script.main([*parts, "--resume"])
-    for file in ("backbone.pth", "head.pth"):
-        one, *others = (torch.load(tmp_path / name / file, weights_only=True) for name in ("one", "two", "parts"))
-        assert all(torch.equal(one[key], other[key]) for other in others for key in one)
-    logs = [without_speed(read_log(tmp_path / name / "log.jsonl")) for name in ("one", "two", "parts")]
-    assert logs[0] == logs[1] == logs[2]
-
-
-@pytest.mark.parametrize("task", ["cls", "seg"])
-def test_ddp_of_one_process(task):
-    """Told that there are two, one process has the collectives of DDP, and, as DDP averages, twice the gradient."""
-    backend = "nccl" if DEVICE == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        sums = []
-        for processes in (1, 2):
-            *_, step = two_policies(task, "off", "off", processes)
-            sums.append(training_step(*step))
-    finally:
-        torch.distributed.destroy_process_group()
-    alone, ddp = sums
-    assert ddp.pop("grad_norm").item() == pytest.approx(2 * alone.pop("grad_norm").item(), rel=1e-3)
-    assert {name: value.item() for name, value in ddp.items()} == pytest.approx({name: value.item() for name, value in alone.items()}, rel=1e-4)
+def test_a_process_group_of_one(tmp_path):
+    """torchrun with one process: nccl and DDP."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", str(ROOT / "train_cls.py")]
+    command = [sys.executable, *launch, *SHAPES, "--output-dir", str(tmp_path / "nccl")]
+    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=300)
+    train_cls.main([*SHAPES, "--output-dir", str(tmp_path / "alone")])
+    losses = [[event["loss"] for event in read_log(tmp_path / name)] for name in ("nccl", "alone")]
+    assert losses[0] == pytest.approx(losses[1], abs=0.01)

@@ -1,50 +1,48 @@
-"""Backbones, heads and weights: what loads, what is refused, and what a saved backbone loads into."""
+"""Backbones, heads and weights: what loads, what is refused, and what an exported backbone loads into."""
 
+import argparse
 import json
 import pickle
-import shutil
 import sys
+import unittest.mock
 
 import pytest
 import torch
-from conftest import TINY, stderr_of
+import torch.nn.functional as F
+from conftest import CPU, TINY
+from torch import nn
 
 import eval_knn
 import eval_linear
 import grpo_rm
 import train_cls
-from checkpoint import load_strictly
-from data import InputError
-from grpo_rm import ClassificationHead, Policy, VitTiny, check_image_size, load_backbone
+from backbone import DINOV2, load_backbone, load_strictly, prepare_backbone
+from cli import InputError
+from demo import VitTiny
+from grpo_rm import IGNORE, ClassificationHead, Policy, SegmentationHead
+from run import Meter
 
-HUBCONF = '''
-dependencies = ["torch"]
+HUBCONF = """
 import torch
 from torch import nn
-
+dependencies = ["torch"]
 class Stand(nn.Module):
     patch_size, embed_dim = 4, 12
     def __init__(self):
         super().__init__()
-        self.project = nn.Linear(3, 12)
+        self.project, self.drop = nn.Linear(3, 12), nn.Dropout(0.5)
         self.mask_token = nn.Parameter(torch.zeros(1, 12))
     def forward_features(self, images):
-        tokens = self.project(images.mean((2, 3)))
+        tokens = self.drop(self.project(images.mean((2, 3))))
         return {"x_norm_clstoken": tokens, "x_norm_patchtokens": tokens[:, None], "x_norm_regtokens": None}
-
 def dinov2_vits14(*, pretrained=True, **kwargs):
-    if pretrained:
-        raise OSError("no network")
-    return Stand()
-
+    return Stand() if not pretrained else 1 / 0
 dinov3_vits16 = dinov2_vits14
-
 def resnet(*, pretrained=True):
     return nn.Linear(1, 1)
-
 def strange():
     return Stand()
-'''
+"""
 
 
 @pytest.fixture
@@ -58,13 +56,12 @@ def hub_repo(tmp_path):
 
 
 def test_vit_tiny_has_dinov2s_interface():
-    backbone = load_backbone("vit_tiny").eval()
+    backbone = load_backbone("vit_tiny")
     assert 0.4e6 < sum(p.numel() for p in backbone.parameters()) < 0.6e6
     for h, w in ((42, 42), (70, 70), (98, 56)):
         images = torch.randn(2, 3, h, w)
         features = backbone.forward_features(images)
-        assert features["x_norm_clstoken"].shape == (2, 96)
-        assert features["x_norm_patchtokens"].shape == (2, h * w // 196, 96)
+        assert [x.shape for x in features.values()] == [(2, 96), (2, h * w // backbone.patch_size**2, 96)]
         layers = backbone.get_intermediate_layers(images, n=4, reshape=True, return_class_token=True)
         assert len(layers) == 4 and layers[-1][0].shape == (2, 96, h // 14, w // 14)
         torch.testing.assert_close(layers[-1][0].flatten(2).transpose(1, 2), features["x_norm_patchtokens"])
@@ -72,138 +69,151 @@ def test_vit_tiny_has_dinov2s_interface():
 
 
 def test_vit_tiny_sees_where_a_patch_is():
-    backbone = VitTiny().eval()
-    images = torch.zeros(2, 3, 42, 42)
-    images[0, :, :14, :14] = 1
-    images[1, :, 28:, 28:] = 1
-    tokens = backbone(images)
+    image = torch.zeros(1, 3, 42, 42)
+    image[..., :14, :14] = 1
+    tokens = load_backbone("vit_tiny")(torch.cat([image, image.flip(2, 3)]))
     assert (tokens[0] - tokens[1]).abs().max() > 1e-4
 
 
 def test_hub_stand_in_through_torch_hub(hub_repo):
     backbone = load_backbone("dinov2_vits14", hub_repo=hub_repo)
     policy = Policy(backbone, ClassificationHead(backbone.embed_dim, 5))
-    assert policy(torch.randn(2, 3, 8, 8)).shape == (2, 5)
-    trainable = {name for name, p in backbone.named_parameters() if p.requires_grad}
-    assert trainable == {"project.weight", "project.bias"}  # an unused mask_token would stop DDP
+    images = torch.randn(2, 3, 8, 8)
+    assert policy(images).shape == (2, 5) and torch.equal(policy(images), policy(images))  # without dropout
+    frozen = [name for name, p in backbone.named_parameters() if not p.requires_grad]
+    assert frozen == ["mask_token"]  # unused, it would stop DDP
     assert load_backbone("dinov3_vits16", hub_repo=hub_repo).patch_size == 4
 
 
 def test_exported_weights_load_strictly_into_a_fresh_hub_model(hub_repo, tmp_path, capsys):
     """A run of the script with a hub model, its export, and the two ways back; then both evaluations."""
-    model = ["--backbone", "dinov2_vits14", "--hub-repo", hub_repo]
-    train_cls.main([*TINY, *model, "--image-size", "40", "--batch-size", "50", "--epochs", "1", "--output-dir", str(tmp_path / "run")])
+    model = ["--backbone", "dinov2_vits14", "--hub-repo", hub_repo, "--image-size", "40"]
+    train_cls.main([*TINY, *model, "--batch-size", "50", "--epochs", "1", "--output-dir", str(tmp_path / "run")])
     assert "starts from random weights" in capsys.readouterr().err
-    file = tmp_path / "run" / "backbone.pth"
-    state = torch.load(file, weights_only=True)
+    state = torch.load(file := tmp_path / "run" / "backbone.pth", weights_only=True)
     fresh = torch.hub.load(hub_repo, "dinov2_vits14", source="local", pretrained=False)
     fresh.load_state_dict(state, strict=True)
     again = load_backbone("dinov2_vits14", hub_repo=hub_repo, weights=str(file))
-    assert torch.equal(again.project.weight, fresh.project.weight) and torch.equal(fresh.project.weight, state["project.weight"])
+    assert all(torch.equal(state[name], value) for name, value in again.state_dict().items())
     for module, name in ((eval_linear, "eval_linear.json"), (eval_knn, "eval_knn.json")):
         module.main([*TINY, "--weights", str(file)])  # backbone, hub repository and image size come from config.json
         result = json.loads((tmp_path / "run" / name).read_text())
-        assert (result["backbone"], result["image_size"], result["val_images"]) == ("dinov2_vits14", 40, 40)
+        assert (result["backbone"], result["image_size"], result["method"]) == ("dinov2_vits14", 40, "grpo_rm")
 
 
-@pytest.mark.parametrize("name", grpo_rm.DINOV2)
+@pytest.mark.parametrize("name", DINOV2)
 def test_every_dinov2_name_asks_the_pinned_repository(name, monkeypatch):
     asked = {}
-
-    def load(repo, model, **kwargs):
-        asked.update(kwargs, repo=repo, model=model)
-        return VitTiny()
-
-    monkeypatch.setattr(torch.hub, "load", load)
+    monkeypatch.setattr(torch.hub, "load", lambda *names, **options: asked.update(options, names=names) or VitTiny())
     load_backbone(name)
-    assert asked["repo"] == "facebookresearch/dinov2:b8931f7bf91576930313be2c6d6af376033b35f0"
-    assert asked["model"] == name and asked["source"] == "github" and asked["pretrained"] and asked["skip_validation"]
+    assert asked["names"] == ("facebookresearch/dinov2:b8931f7bf91576930313be2c6d6af376033b35f0", name)
+    assert asked["source"] == "github" and asked["pretrained"] and asked["skip_validation"]
 
 
 def test_a_failed_download_is_one_line(monkeypatch):
-    def load(*args, **kwargs):
-        raise OSError("<urlopen error unreachable>")
-
+    load = unittest.mock.Mock(side_effect=OSError("<urlopen error unreachable>\nsecond line"))
     monkeypatch.setattr(torch.hub, "load", load)
-    with pytest.raises(InputError, match=r"--hub-repo DIR .* and --weights FILE"):
+    with pytest.raises(InputError, match=r"unreachable.*--hub-repo DIR .* and --weights FILE") as error:
         load_backbone("dinov2_vits14")
+    assert "\n" not in str(error.value)
 
 
 def test_unknown_names(hub_repo):
-    with pytest.raises(InputError, match="dinov2_vits14_reg"):
-        load_backbone("dinov2_vits15")
-    with pytest.raises(InputError, match="resnet50 from"):
-        load_backbone("resnet50", hub_repo=hub_repo)
-    for name, reason in (("resnet", "has no forward_features"), ("strange", "unexpected keyword argument 'pretrained'")):
+    reasons = {"resnet50": "resnet50 from", "resnet": "no forward_features", "strange": "'pretrained'"}
+    cases = [(name, hub_repo, reason) for name, reason in reasons.items()]
+    for name, repo, reason in [*cases, ("dinov2_vits15", None, "vits14_reg"), ("resnet", "no directory", "owner/repo")]:
         with pytest.raises(InputError, match=reason):
-            load_backbone(name, hub_repo=hub_repo)
-    with pytest.raises(InputError, match="owner/repo"):
-        load_backbone("resnet50", hub_repo="no such directory")
+            load_backbone(name, hub_repo=repo)
 
 
-def altered(change):
-    state = VitTiny().state_dict()
-    change(state)
-    return state
+STATE = VitTiny().state_dict()
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (altered(lambda s: s.pop("vit.class_token")), "vit.class_token is missing"),
-        (altered(lambda s: s.update(extra=torch.zeros(1))), "extra is not part of this backbone"),
-        (altered(lambda s: s["vit.class_token"].fill_(float("nan"))), "vit.class_token has numbers that are not finite"),
-        (altered(lambda s: s.update({"vit.class_token": torch.zeros(1, 1, 7)})), r"\(1, 1, 7\), not \(1, 1, 96\)"),
+        ({k: v for k, v in STATE.items() if k != "vit.class_token"}, "vit.class_token is missing"),
+        (STATE | {"extra": torch.zeros(1)}, "extra is not part of this backbone"),
+        (STATE | {"vit.class_token": torch.full((1, 1, 96), torch.nan)}, "vit.class_token has numbers that are not"),
+        (STATE | {"vit.class_token": torch.zeros(1, 1, 7)}, r"\(1, 1, 7\), not \(1, 1, 96\)"),
         ([1, 2], "does not hold a state dict"),
         ({"model": {"a": torch.zeros(1)}}, "does not hold a state dict"),
+        (b"", "cannot be loaded"),
+        (b"PK not a zip", "cannot be loaded"),
+        (None, "cannot be loaded"),
     ],
-    ids=["missing", "extra", "not finite", "shape", "list", "nested"],
+    ids=["missing", "extra", "not finite", "shape", "list", "nested", "empty", "broken", "absent"],
 )
 def test_weights_that_do_not_fit_are_named(content, message, tmp_path):
-    torch.save(content, tmp_path / "weights.pth")
+    file = tmp_path / "weights.pth"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        torch.save(content, file)
     with pytest.raises(InputError, match=message) as error:
-        load_backbone("vit_tiny", weights=str(tmp_path / "weights.pth"))
+        load_backbone("vit_tiny", weights=str(file))
     assert "weights.pth" in str(error.value) and "\n" not in str(error.value)
 
 
-class Malicious:
-    def __init__(self, path):
-        self.path = path
+def test_malicious_weights_run_nothing(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return open, (str(tmp_path / "victim"), "w")
 
-    def __reduce__(self):
-        return (open, (self.path, "w"))
-
-
-def test_malicious_weights_and_checkpoints_run_nothing(tmp_path, capsys):
-    victim = tmp_path / "written_by_the_pickle"
-    torch.save({"a": Malicious(str(victim))}, tmp_path / "torch.pth")
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Malicious(str(victim))))
+    torch.save({"a": Malicious()}, tmp_path / "torch.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Malicious()))
     for name in ("torch.pth", "plain.pth"):
-        with pytest.raises(InputError, match="cannot be loaded") as error:
+        with pytest.raises(InputError, match="cannot be loaded"):
             load_strictly(VitTiny(), tmp_path / name)
-        assert "\n" not in str(error.value)
-        shutil.copy(tmp_path / name, tmp_path / "checkpoint.pt")
-        error = stderr_of(capsys, train_cls.main, *TINY, "--resume", "--output-dir", tmp_path, lines=2)
-        assert "checkpoint.pt does not load and there is no other" in error
-    assert not victim.exists()
-
-
-@pytest.mark.parametrize("content", [None, b"", b"PK not a zip"], ids=["absent", "empty", "broken"])
-def test_unreadable_weights(content, tmp_path):
-    if content is not None:
-        (tmp_path / "weights.pth").write_bytes(content)
-    with pytest.raises(InputError, match=r"weights\.pth"):
-        load_strictly(VitTiny(), tmp_path / "weights.pth")
+    assert not (tmp_path / "victim").exists()
 
 
 def test_image_size_must_fit_the_patches():
-    with pytest.raises(InputError, match="take 42 or 56"):
-        check_image_size(VitTiny(), 50)
-    check_image_size(VitTiny(), 56)
+    args = argparse.Namespace(backbone="vit_tiny", hub_repo=None, weights=None, seed=0, image_size=50)
+    with pytest.raises(InputError, match=r"--image-size 50 .* take 42 or 56"):
+        prepare_backbone(args, CPU)
+    args.image_size = 56
+    assert prepare_backbone(args, CPU).patch_size == 14
 
 
-def test_logits_are_float32_under_autocast():
-    policy = Policy(VitTiny(), ClassificationHead(96, 5))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = policy(torch.randn(2, 3, 42, 42))
-    assert logits.dtype == torch.float32
+@pytest.mark.parametrize("head", [ClassificationHead(96, 5), SegmentationHead(96, 5, map_size=6)], ids=["cls", "seg"])
+def test_logits_are_float32_with_bf16(head):
+    backbone, images = load_backbone("vit_tiny"), torch.randn(2, 3, 42, 42)
+    logits, exact = Policy(backbone, head, "bf16")(images), Policy(backbone, head, "off")(images)
+    assert logits.dtype == torch.float32 and 1e-6 < (logits - exact).abs().max() < 0.1
+
+
+def test_the_first_layer_before_upsampling_is_the_same_function():
+    head = SegmentationHead(8, 5, hidden_dim=6, map_size=12).double()
+    tokens = torch.randn(2, 16, 8, dtype=torch.float64)
+    maps = F.interpolate(tokens.transpose(1, 2).unflatten(2, (4, 4)), size=(12, 12), mode="bilinear")  # (B, D, M, M)
+    expected = nn.Sequential(*head)(maps.movedim(1, -1)).movedim(-1, 1)  # Linear - ReLU - Linear at every pixel
+    torch.testing.assert_close(head(tokens), expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["grpo_rm", "finetune"])
+def test_chunks_give_the_gradients_of_the_whole_batch(method, monkeypatch):
+    torch.manual_seed(0)
+    policy, old_policy = (Policy(VitTiny(), SegmentationHead(96, 5, 8, 6)).double() for _ in range(2))
+    images, targets = torch.randn(7, 3, 28, 28, dtype=torch.float64), torch.randint(5, (7, 6, 6))
+    targets[0], targets[3, :2] = IGNORE, IGNORE  # chunks weigh differently
+    loss_function = grpo_rm.make_loss(train_cls.parse_args(["--method", method]))
+    sizes, results = [], []
+    policy.head.register_forward_hook(lambda module, tokens, logits: sizes.append(len(logits)))
+    for chunk in (3, 100):
+        monkeypatch.setattr(SegmentationHead, "images_per_chunk", lambda self, device, chunk=chunk: chunk)
+        policy.zero_grad()
+        meter, share, old = Meter(), 1 / (targets != IGNORE).sum(), old_policy if method == "grpo_rm" else None
+        grpo_rm.backward(policy, old, policy.tokens, loss_function, images, targets, share, meter)
+        gradients = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+        results.append((gradients, meter.read(CPU)))
+    assert sizes == [3, 3, 1, 7] and len(results[0][0]) > 50
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-13, rtol=1e-10)
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_chunk_holds_so_many_logits():
+    for device, logits in (("cpu", 2**20), ("cuda", 2**26)):
+        images = SegmentationHead(384, 21, 64).images_per_chunk(torch.device(device))
+        assert logits - 21 * 128**2 < images * 21 * 128**2 <= logits
+    assert SegmentationHead(384, 171, map_size=512).images_per_chunk(torch.device("cpu")) == 1

@@ -1,215 +1,330 @@
-"""The scripts as a user starts them: each on a tiny budget, and what each says to bad input."""
+"""The scripts as a user starts them: each on a tiny budget, what each shows, and what each says to bad input."""
 
+import importlib
+import itertools
 import json
 import os
+import pty
 import re
-import shutil
+import shlex
 import subprocess
 import sys
-import textwrap
-import types
+import termios
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, run_script, stderr_of, write_image
+from conftest import CPU, DATA, ROOT, TINY, run_script, stderr_of, write_image
+from PIL import Image
+from soak_resume import read_log
 
+import cli
+import data
 import eval_knn
 import eval_linear
-import grpo_rm
 import train_cls
-from data import stage
-
-REAL_DATA = Path(os.environ.get("GRPO_RM_TEST_DATA", ROOT / ".." / "shared" / "data"))
-
-
-@pytest.mark.parametrize("script", ["train_cls.py", "eval_linear.py", "eval_knn.py", "report.py"])
-def test_help_is_the_manual(script):
-    done = run_script(script, "--help")
-    assert done.returncode == 0
-    assert (ROOT / script).read_text().split('"""')[1].splitlines()[0] in done.stdout
-
-
-def test_the_readmes_reward_in_three_lines():
-    """What README.md says to write below the sum of the rewards works, and changes what it says."""
-    (code,) = re.findall(r"```python\n(solved = .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    source = (ROOT / "grpo_rm.py").read_text()
-    line = next(line for line in source.splitlines() if line.lstrip().startswith("rewards = accuracy_weight"))
-    changed = source.replace(line, line + "\n" + textwrap.indent(code, "    "))
-    module = types.ModuleType("changed")
-    exec(compile(changed.split("# Policy\n")[0], "changed", "exec"), module.__dict__)
-    old = torch.tensor([[3.0, 0.0, 0.0], [0.0, 3.0, 0.0]])
-    for logits in (old, old + 0.1):
-        theirs, ours = (m.grpo_rm_loss(logits.clone().requires_grad_(), old, torch.tensor([0, 0]), fused=False) for m in (module, grpo_rm))
-        assert theirs[1].keys() == ours[1].keys()
-    rewards = grpo_rm.accuracy_reward(torch.tensor([0, 0]), 3)
-    q, targets, G = old.softmax(1), torch.tensor([0, 0]), 3
-    scope = {"torch": torch, "q": q, "targets": targets, "G": G, "rewards": rewards, "accuracy_reward": grpo_rm.accuracy_reward}
-    exec(code, scope)
-    assert scope["rewards"].tolist() == [[pytest.approx(2.7), 0, 0], [3, 0, 0]]  # only the solved sample's
-
-
-def test_chain_of_stages_and_its_continuation(tmp_path):
-    """run_all.sh from nothing to the table; a second call finds everything done and an interrupted one goes on."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").symlink_to(sys.executable)
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{tmp_path / 'bin'}:{os.environ['PATH']}",
-        "OUT": str(tmp_path / "runs"),
-        "SEEDS": "0",
-        "EPOCHS": "1",
-        "NPROC": "1",
-        "MODEL_ARGS": " ".join(TINY),
-        "TRAIN_ARGS": "--batch-size 50",
-    }
-
-    def chain():
-        command = ["bash", str(ROOT / "run_all.sh"), "shapes"]
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    output = chain()
-    for name in ("frozen", "Fine-tuning", "GRPO-RM"):
-        assert f"| shapes | {name} |" in output
-    assert "ratio floor 0.1" in output and "Eq. (1) to the letter is --ratio-floor 0" in output
-    (tmp_path / "runs" / "shapes" / "grpo_rm" / "seed0" / "eval_knn.json").unlink()
-    again = chain()
-    assert again.count("exists: skipped") == 7 and again.count("eval_knn.py --dataset") == 1
-    assert again[again.index("### Table 3") :] == output[output.index("### Table 3") :]
-    assert (tmp_path / "runs" / "tables" / "table3.csv").exists() and (tmp_path / "runs" / "figures" / "shapes_curves.png").exists()
-
-
-def test_two_processes_under_torchrun(tmp_path):
-    done = run_script("train_cls.py", *TINY, "--batch-size", "50", "--epochs", "1", "--output-dir", tmp_path, nproc=2)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "config.json").read_text())["world_size"] == 2
-    assert done.stdout.count("epoch 1/1") == 1 and "Traceback" not in done.stderr
-
-
-def test_folder_and_tiny_imagenet_end_to_end(image_folder, tiny_imagenet, tmp_path):
-    for dataset, root, size in (("folder", image_folder, "42"), ("tiny_imagenet", tiny_imagenet, "70")):
-        common = ["--dataset", dataset, "--data-root", str(root), "--backbone", "vit_tiny", "--device", "cpu", "--image-size", size]
-        run = tmp_path / dataset
-        train_cls.main([*common, "--batch-size", "6", "--epochs", "1", "--output-dir", str(run)])
-        for module, name in ((eval_linear, "eval_linear.json"), (eval_knn, "eval_knn.json")):
-            module.main([*common, "--weights", str(run / "backbone.pth")])
-            assert json.loads((run / name).read_text())["val_images"] == 6
-
-
-def test_real_images(tmp_path):
-    """A few epochs on a cut of Tiny-ImageNet, where there is one: better than chance by far more than its spread."""
-    archive = REAL_DATA / "tiny-imagenet-200.zip"
-    if not archive.is_file():
-        pytest.skip(f"no {archive}: put a cut of Tiny-ImageNet there, or name its directory in GRPO_RM_TEST_DATA")
-    shutil.unpack_archive(archive, tmp_path)
-    common = ["--dataset", "tiny_imagenet", "--data-root", str(tmp_path), "--backbone", "vit_tiny", "--device", "cpu", "--limit-val", "1000"]
-    common += ["--limit-train", "2000"]
-    schedule = ["--batch-size", "100", "--lr", "1e-3", "--epochs", "4", "--eval-every", "4"]
-    train_cls.main([*common, *schedule, "--output-dir", str(tmp_path / "run")])
-    eval_linear.main([*common, "--weights", str(tmp_path / "run" / "backbone.pth")])
-    assert json.loads((tmp_path / "run" / "eval_linear.json").read_text())["top1"] > 1.2  # chance is 0.5 % +- 0.22
-
+import train_seg
+from run import Run
 
 SHAPES = [*TINY, "--batch-size", "50", "--epochs", "1"]
+SCENES = [*TINY, "--dataset", "shapes_seg", "--image-size", "28", "--map-size", "14"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--dataset", "mnist"], "--dataset mnist: unknown; choose one of shapes, "),
-        (["--backbone", "dinov2_vitx14"], "--backbone dinov2_vitx14: unknown"),
-        (["--dataset", "cifar10", "--data-root", "{tmp}/nowhere"], "nowhere: no such directory"),
-        (["--dataset", "cifar10", "--data-root", "{tmp}"], "add --download, or unpack"),
-        (["--dataset", "tiny_imagenet", "--data-root", "{tmp}"], "wnids.txt is missing"),
-        (["--dataset", "imagenet", "--data-root", "{tmp}"], "ILSVRC2012_img_val.tar"),
-        (["--dataset", "folder", "--data-root", "{tmp}"], "train/ is missing"),
-        (["--weights", "{tmp}/none.pth"], "none.pth cannot be loaded"),
-        (["--image-size", "50"], "--image-size 50 is not a multiple of the patch size 14; take 42 or 56"),
-        (["--batch-size", "50", "--grad-accum", "3"], "--batch-size 50 cannot be divided by 1 processes x --grad-accum 3"),
-        (["--lr", "nan"], "argument --lr: 'nan' must be a number above 0"),
-        (["--lr", "-1"], "argument --lr: '-1' must be a number above 0"),
-        (["--lr", "inf"], "argument --lr: 'inf' must be"),
-        (["--lr", "1e-3", "--lr-end", "1e-2"], "--lr-end 0.01 is above --lr 0.001"),
-        (["--epochs", "0"], "argument --epochs: '0' must be a whole number at least 1"),
-        (["--epochs", "2.5"], "argument --epochs: '2.5' must be a whole number"),
-        (["--clip-eps", "0"], "argument --clip-eps: '0' must be a number above 0 and at most 1"),
-        (["--ratio-floor", "-0.1"], "argument --ratio-floor: '-0.1' must be a number at least 0"),
-        (["--train-fraction", "1.5"], "argument --train-fraction"),
-        (["--accuracy-weight", "nan"], "argument --accuracy-weight"),
-        (["--accuracy-weight", "0", "--uniformity", "none"], "nothing to learn"),
-        (["--seed", "-1"], "argument --seed"),
-        (["--seed", "18446744073709551616"], "argument --seed"),
-        (["--warmup-epochs", "1"], "--warmup-epochs 1 leaves nothing of --epochs 1"),
-        (["--dataset", "cifar10", "--data-root", "{tmp}/../file/x", "--download"], "cannot be created"),
-        (["--device", "cuda"], "--device cuda: no CUDA device here"),
-        (["--uniformity", "eq6"], "argument --uniformity: invalid choice"),
-        (["--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
-)
+def result(path):
+    return json.loads(Path(path).read_text())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What they show
+
+
+@pytest.mark.parametrize("script", ["train_cls", "train_seg", "eval_linear", "eval_knn", "report", "bench"])
+def test_help_is_the_manual(script, capsys):
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit) as exit_:
+        module.main(["--help"])
+    assert exit_.value.code == 0 and module.__doc__.strip() in capsys.readouterr().out
+
+
+def test_the_progress_bar_counts_the_steps_of_the_whole_run(tmp_path):
+    """As a terminal of 100 columns shows it."""
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (24, 100))
+    flags = [*TINY, "--batch-size", "20", "--epochs", "3", "--output-dir", str(tmp_path)]  # 5 steps an epoch
+    command = [sys.executable, str(ROOT / "train_cls.py"), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "0"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=slave)
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(master, 4096)
+        except OSError:  # the other end is closed
+            break
+    assert process.wait() == 0
+    bars = re.findall(r"epoch (\d)/3: +(\d+)%\|.*?\| (\d+)/15 \[", shown.decode())
+    steps = [int(step) for _, _, step in bars]
+    assert steps == sorted(steps) and {1, 5, 6, 10, 15} <= set(steps), shown
+    for epoch, percent, step in bars:
+        assert int(epoch) == (int(step) - 1) // 5 + 1 and int(percent) == round(int(step) * 100 / 15)
+    assert all(len(bar) <= 100 for bar in re.split(r"[\r\n]", shown.decode()) if "/15 [" in bar)
+
+
+@pytest.mark.parametrize("method", ["grpo_rm", "finetune"])
+def test_epoch_lines_fit_100_columns(method, tmp_path, capsys):
+    args = train_seg.parse_args(["--device", "cpu", "--method", method, "--output-dir", str(tmp_path)])
+    cli.resolve_training_arguments(args, CPU, data.resolve_dataset(args, "segmentation"), **train_seg.PAPER)
+    args.classes = [f"class {i}" for i in range(171)]
+    run = Run(args, CPU, 463)
+    stats = {"loss": -0.12345, "accuracy": 0.98765} | ({"max_ratio": 1.2345e5} if method == "grpo_rm" else {})
+    run.meter.add(463 * 256, stats | {"grad_norm": 1.0, "finite": 1.0})
+    run.meter.add(1, {"images": 118287})
+    run.window_started -= 10  # seconds
+    run.log_steps(46300, 1e-7)
+    capsys.readouterr()
+    run.log_epoch(46300, 1e-7, {"val_pixel_acc": 93.98, "val_miou": 70.44})
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("epoch 100/100  loss -0.1235") and line.endswith("miou 70.4") and len(line) <= 100, line
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--dataset", "mnist"], "--dataset mnist: unknown; choose one of shapes, "),
+    (["--dataset", "voc2012"], "--dataset voc2012 is for segmentation"),
+    (["--dataset", "cifar10", "--no-download", "--data-root", "{tmp}"], "leave out --no-download, or "),
+    (["--dataset", "tiny_imagenet", "--no-download", "--data-root", "{tmp}"], "tiny-imagenet-200"),
+    (["--dataset", "imagenet", "--data-root", "{tmp}"], "ILSVRC2012_img_val.tar"),
+    (["--dataset", "folder", "--data-root", "{tmp}"], "train/ is missing"),
+    (["--backbone", "dinov2_vitx14"], "--backbone dinov2_vitx14: unknown"),
+    (["--hub-repo", "{tmp}", "--backbone", "my_model"], "--backbone my_model from {tmp} cannot be loaded"),
+    (["--weights", "{tmp}/none.pth"], "--weights {tmp}/none.pth: no such file"),
+    (["--image-size", "50"], "patch size 14; take 42 or 56"),
+    (["--lr", "nan"], "argument --lr: 'nan' must be a number above 0"),
+    (["--lr", "-1"], "argument --lr: '-1' must be a number above 0"),
+    (["--lr", "1e-3", "--lr-end", "1e-2"], "--lr-end 0.01 is above --lr 0.001"),
+    (["--epochs", "0"], "argument --epochs: '0' must be a whole number at least 1"),
+    (["--epochs", "2.5"], "argument --epochs: '2.5' must be a whole number"),
+    (["--clip-eps", "0"], "argument --clip-eps: '0' must be a number above 0 and at most 1"),
+    (["--ratio-floor", "-0.1"], "argument --ratio-floor: '-0.1' must be a number at least 0"),
+    (["--train-fraction", "1.5"], "argument --train-fraction"),
+    (["--seed", "18446744073709551616"], "argument --seed"),
+    (["--warmup-epochs", "1"], "--warmup-epochs 1 leaves nothing of --epochs 1"),
+    (["--device", "cuda"], "--device cuda: no CUDA device here"),
+    (["--uniformity", "eq6"], "argument --uniformity: invalid choice"),
+    (["--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
+    (["--epoch", "1"], "unrecognized arguments: --epoch"),
+], ids=lambda value: "-".join(value) if isinstance(value, list) else "")  # fmt: skip
 def test_bad_arguments_of_training(arguments, message, tmp_path, capsys, monkeypatch):
-    if "cuda" in arguments:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "data").mkdir()
-    (tmp_path / "file").write_text("")
     arguments = [argument.replace("{tmp}", str(tmp_path / "data")) for argument in arguments]
     error = stderr_of(capsys, train_cls.main, *SHAPES, "--output-dir", tmp_path / "run", *arguments)
-    assert message in error
+    assert message.replace("{tmp}", str(tmp_path / "data")) in error
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_arguments_of_evaluation(tmp_path, capsys):
+@pytest.mark.parametrize(("module", "arguments", "message"), [
+    (train_seg, ["--dataset", "cifar10"], "--dataset cifar10 is for classification"),
+    (train_seg, ["--map-size", "0"], "argument --map-size: '0' must be a whole number at least 1"),
+    (eval_knn, ["--dataset", "shapes_seg"], "--dataset shapes_seg is for segmentation"),
+    (eval_knn, ["--k", "0"], "argument --k: '0' must be a whole number at least 1"),
+    (eval_knn, ["--k", "101"], "--k 101 is more than the 100 training images"),
+    (eval_linear, ["--features", "multiscale"], "are for segmentation, not for shapes"),
+    (eval_linear, ["--save-images", "2"], "are for segmentation, not for shapes"),
+    (eval_linear, ["--lr", "1e-6", "--lr-end", "1e-5"], "--lr-end 1e-05 is above --lr 1e-06"),
+    *((module, arguments, message) for module in (eval_linear, eval_knn) for arguments, message in (
+        (["--weights", "{tmp}/other.pth"], "does not fit: a is not part of this backbone and"),
+        (["--weights", "{tmp}/none.pth"], "--weights {tmp}/none.pth: no such file"),
+        (["--weights", "{tmp}/text.pth"], "weights file {tmp}/text.pth cannot be loaded"),
+        (["--image-size", "43"], "--image-size 43 is no multiple of patch size 14"),
+        (["--output", "{tmp}/text.pth/result.json"], "--output: {tmp}/text.pth cannot be written"),
+    )),
+], ids=lambda value: "-".join(value) if isinstance(value, list) else getattr(value, "__name__", ""))  # fmt: skip
+def test_bad_arguments_of_the_other_scripts(module, arguments, message, tmp_path, capsys):
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    for main in (eval_linear.main, eval_knn.main):
-        assert "does not fit" in stderr_of(capsys, main, *TINY, "--weights", tmp_path / "other.pth")
-        assert "cannot be loaded" in stderr_of(capsys, main, *TINY, "--weights", tmp_path / "none.pth")
-        assert "--image-size 43" in stderr_of(capsys, main, *TINY, "--image-size", "43")
-    (tmp_path / "config.json").write_text('{"method": ')
-    assert "config.json is damaged" in stderr_of(capsys, eval_knn.main, *TINY, "--weights", tmp_path / "other.pth")
-    assert "argument --k" in stderr_of(capsys, eval_knn.main, *TINY, "--k", "0")
+    (tmp_path / "text.pth").write_text("text")
+    output = ["--output-dir", tmp_path / "run"] if module is train_seg else ["--output", tmp_path / "result.json"]
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    assert message.replace("{tmp}", str(tmp_path)) in stderr_of(capsys, module.main, *TINY, *output, *arguments)
+    assert {path.name for path in tmp_path.iterdir()} == {"other.pth", "text.pth"}
 
 
 def test_an_unreadable_image_ends_every_stage(image_folder, tmp_path, capsys):
     (image_folder / "train" / "class2" / "3.jpg").write_bytes(b"broken")
-    common = ["--dataset", "folder", "--data-root", image_folder, "--backbone", "vit_tiny", "--device", "cpu", "--image-size", "42"]
-    evaluations = [(module.main, ["--output", tmp_path / "k.json"]) for module in (eval_knn, eval_linear)]
-    for main, extra in ((train_cls.main, ["--output-dir", tmp_path / "run"]), *evaluations):
-        assert "class2/3.jpg cannot be read" in stderr_of(capsys, main, *common, *extra)
-    assert not (tmp_path / "run").exists() and not (tmp_path / "k.json").exists()
+    flags = ["--dataset", "folder", "--data-root", image_folder, "--backbone", "vit_tiny", "--image-size", "42"]
+    for main, output in ((train_cls.main, "--output-dir"), (eval_knn.main, "--output"), (eval_linear.main, "--output")):
+        error = stderr_of(capsys, main, *flags, "--device", "cpu", output, tmp_path / "new" / "result")
+        assert "class2/3.jpg cannot be read" in error
+    assert not (tmp_path / "new" / "result").exists()
 
 
-def test_a_finished_run_is_not_overwritten(tmp_path, capsys):
-    train_cls.main([*SHAPES, "--output-dir", str(tmp_path)])
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert "already holds a run; add --resume" in stderr_of(capsys, train_cls.main, *SHAPES, "--output-dir", tmp_path)
-    changes = {"--lr": "1e-4", "--ratio-floor": "0", "--epochs": "2", "--method": "finetune", "--batch-size": "7", "--uniformity": "eq5"}
-    changes |= {"--group-weighting": "policy", "--seed": "5", "--clip-eps": "0.1", "--augment": "none", "--train-fraction": "0.5"}
-    for change in changes.items():
-        error = stderr_of(capsys, train_cls.main, *SHAPES, "--output-dir", tmp_path, "--resume", *change)
-        assert f"--resume: {change[0]} is" in error
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+@pytest.mark.parametrize("arguments", [["--lr", "nan"], ["--dataset", "folder", "--data-root", "{tmp}"]], ids=str)
+def test_what_all_ranks_find_is_said_once_and_without_a_traceback(arguments, tmp_path):
+    write_image(tmp_path / "train" / "only" / "0.png", 0)
+    (tmp_path / "val").mkdir()
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    done = run_script("train_cls.py", *SHAPES, "--backbone", "vit_tiny", *arguments, nproc=2)
+    assert done.returncode != 0 and done.stderr.count("train_cls.py: error: ") == 1, done.stderr
+    assert not re.search(rf'\[rank 1\] error|File "{re.escape(str(ROOT))}/\w+\.py', done.stderr), done.stderr
 
 
-@pytest.mark.parametrize("place", ["a file", "below a file"])
-def test_an_output_directory_that_cannot_be_written(place, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    directory = tmp_path / "file" if place == "a file" else tmp_path / "file" / "run"
-    assert f"cannot write {directory}" in stderr_of(capsys, train_cls.main, *SHAPES, "--output-dir", directory)
-    assert f"cannot write {directory}" in stderr_of(capsys, eval_knn.main, *TINY, "--output", directory / "result.json")
-
-
-def test_bad_input_under_torchrun_leaves_no_traceback_of_ours(tmp_path):
-    write_image(tmp_path / "train" / "a" / "0.png", 0)
-    done = run_script("train_cls.py", "--dataset", "folder", "--data-root", tmp_path, "--device", "cpu", "--backbone", "vit_tiny", nproc=2)
-    assert done.returncode != 0
-    assert "train_cls.py: [rank 0] error: " in done.stderr and 'train_cls.py", line' not in done.stderr
-
-
-def test_too_little_gpu_memory_is_one_line(capsys):
-    @stage
-    def main(argv):
+def test_too_little_gpu_memory_is_one_line(tmp_path, capsys, monkeypatch):
+    def train(*rest):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore about it.")
 
-    error = stderr_of(capsys, main, status=1)
-    assert "Tried to allocate 2.00 GiB. --grad-accum 2" in error and "More about it" not in error
+    monkeypatch.setattr(train_cls, "train", train)
+    error = stderr_of(capsys, train_cls.main, *SHAPES, "--output-dir", tmp_path, status=1)
+    assert "Tried to allocate 2.00 GiB. " in error and "--grad-accum 2" in error and "More about it" not in error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From end to end
+
+
+def test_two_processes_under_torchrun(tmp_path):
+    done = run_script("train_seg.py", *SCENES, "--batch-size", "50", "--epochs", "1", "--output-dir", tmp_path, nproc=2)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert result(tmp_path / "config.json")["world_size"] == 2 and done.stdout.count("epoch 1/1") == 1
+    last = read_log(tmp_path)[-1]
+    assert 0 <= last["val_miou"] <= last["val_pixel_acc"] <= 100
+
+
+def test_folder_and_tiny_imagenet(image_folder, tiny_imagenet, tmp_path):
+    for dataset, root, size in (("folder", image_folder, "42"), ("tiny_imagenet", tiny_imagenet, "70")):
+        flags = ["--dataset", dataset, "--data-root", str(root), "--backbone", "vit_tiny", "--device", "cpu"]
+        run = tmp_path / dataset
+        train_cls.main([*flags, "--image-size", size, "--batch-size", "6", "--epochs", "1", "--output-dir", str(run)])
+        for module, name in ((eval_linear, "eval_linear.json"), (eval_knn, "eval_knn.json")):
+            module.main([*flags, "--weights", str(run / "backbone.pth")])
+            scores = result(run / name)
+            assert (scores["val_images"], scores["method"], scores["image_size"]) == (6, "grpo_rm", int(size))
+
+
+@pytest.mark.parametrize("method", ["grpo_rm", "finetune"])
+def test_a_folder_with_masks(method, tmp_path):
+    for part, i in [*(("train", i) for i in range(6)), *(("val", i) for i in range(4))]:
+        write_image(tmp_path / "images" / part / f"{i}.jpg", i, (60 + i, 40))
+        mask = np.arange(3, dtype=np.uint8).repeat((20, 20, 20 + i))[None].repeat(40, 0)
+        (tmp_path / "masks" / part).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(tmp_path / "masks" / part / f"{i}.png")
+    flags = ["--dataset", "folder", "--data-root", str(tmp_path), "--backbone", "vit_tiny", "--device", "cpu"]
+    flags += ["--map-size", "8", "--epochs", "2"]
+    run = tmp_path / "run"
+    size = ["--image-size", "28", "--batch-size", "4"]
+    train_seg.main([*flags, *size, "--method", method, "--output-dir", str(run)])
+    config = result(run / "config.json")
+    assert (config["task"], config["background_penalty"], config["hidden_dim"]) == ("segmentation", 0.5, 256)
+    for features, name in (("linear", "eval_linear.json"), ("multiscale", "eval_linear_multiscale.json")):
+        eval_linear.main([*flags, "--weights", str(run / "backbone.pth"), "--features", features])
+        scores = result(run / name)
+        assert [scores[key] for key in ("method", "features", "image_size", "val_images")] == [method, features, 28, 4]
+
+
+@pytest.mark.parametrize(("archive", "script", "flags"), [
+    ("cifar10-folders.zip", train_cls, "--dataset folder --data-root cifar10 --image-size 28"),
+    ("tiny-imagenet-200.zip", train_cls, "--dataset tiny_imagenet --data-root . --image-size 42"),
+    ("camvid-folders.zip", train_seg, "--dataset folder --data-root camvid --image-size 56 --map-size 28"),
+])  # fmt: skip
+def test_real_images(archive, script, flags, tmp_path, monkeypatch):
+    """Cross-entropy learns something of a few of them."""
+    if not (DATA / archive).is_file():
+        pytest.skip(f"no {DATA / archive}; GRPO_RM_TEST_DATA names the directory of such archives")
+    with zipfile.ZipFile(DATA / archive) as file:
+        for folder, names in itertools.groupby(sorted(file.namelist()), os.path.dirname):
+            file.extractall(tmp_path, list(names)[: 3 if "train/n" in folder else None])
+    monkeypatch.chdir(tmp_path)
+    flags = [*flags.split(), "--backbone", "vit_tiny", "--device", "cpu", "--limit-train", "400", "--limit-val", "50"]
+    flags += ["--method", "finetune", "--batch-size", "50", "--lr", "1e-3", "--epochs", "4", "--output-dir", "run"]
+    script.main(flags)
+    losses = [event["loss"] for event in read_log("run") if event["event"] == "epoch"]
+    assert losses[0] - losses[-1] > 0.1, losses
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# run_all.sh
+
+
+def run_all(directory, *datasets, script=ROOT / "run_all.sh", **environment):
+    """Standard output of the chain, started in `directory`."""
+    surroundings = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "NPROC": "1", "OMP_NUM_THREADS": "1"}
+    options = {"env": os.environ | surroundings | environment, "cwd": directory, "timeout": 300}
+    done = subprocess.run(["bash", str(script), *datasets], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_chain_of_stages_and_its_continuation(tmp_path):
+    """From nothing to the table; the second call, through a link, finds everything done but what was taken away."""
+    environment = {"SEEDS": "0", "METHODS": "frozen grpo_rm", "EPOCHS": "1", "MODEL_ARGS": " ".join(TINY)}
+    environment |= {"TRAIN_ARGS": "--batch-size 50"}
+    output = run_all(tmp_path, "shapes", **environment)
+    runs = tmp_path / "runs"
+    assert "| GRPO-RM |" in output and (runs / "tables" / "table3.csv").exists()
+    assert (runs / "figures" / "shapes_curves.png").exists()
+    (runs / "shapes" / "grpo_rm" / "seed0" / "eval_knn.json").unlink()
+    (tmp_path / "link.sh").symlink_to(ROOT / "run_all.sh")
+    again = run_all(tmp_path, "shapes", script=tmp_path / "link.sh", **environment)
+    assert again.count("exists: skipped") == 4 and again.count("eval_knn.py --dataset") == 1
+    assert again[again.index("###") :] == output[output.index("###") :]
+
+
+def planned(directory, *datasets, **environment):
+    """The commands of a dry run, as words; it must leave nothing behind."""
+    before = sorted(directory.rglob("*"))
+    output = run_all(directory, *datasets, DRY_RUN="1", **environment)
+    assert sorted(directory.rglob("*")) == before
+    return [shlex.split(line) for line in output.splitlines()]
+
+
+def value(command, flag):
+    return command[len(command) - command[::-1].index(flag)] if flag in command else None  # the last one counts
+
+
+def scripts_of(commands):
+    return [next(Path(word).name for word in command if word.endswith(".py")) for command in commands]
+
+
+def test_dry_run_of_the_whole_protocol(tmp_path):
+    options = {"ABLATIONS": "1", "FRACTIONS": "0.1 1", "SEEDS": "0 1", "NPROC": "4", "DATA_ROOT": "my data"}
+    *stages, last = planned(tmp_path, "tiny_imagenet", "voc2012", **options)
+    assert last[1:] == [str(ROOT / "report.py"), *"runs --csv runs/tables --figures runs/figures".split()]
+    assert all(command[:3] == ["torchrun", "--standalone", "--nproc_per_node=4"] for command in stages)
+    assert {value(command, "--data-root") for command in stages} == {"my data"}
+    flags = {"frozen": "", "finetune": "", "finetune_fraction0.1": "--train-fraction 0.1", "grpo_rm": ""}
+    flags |= {"grpo_rm_fraction0.1": "--train-fraction 0.1"}
+    flags |= {"grpo_rm_none": "--uniformity none", "grpo_rm_eq5": "--uniformity eq5"}
+    scripts = {"tiny_imagenet": ["train_cls.py", "eval_linear.py", "eval_knn.py"]}
+    scripts["voc2012"] = ["train_seg.py", "eval_linear.py", "eval_linear.py"]
+    runs = list(itertools.product(scripts, flags, "01"))
+    for dataset, name, seed in runs:
+        run = f"runs/{dataset}/{name}/seed{seed}"
+        output = {run, *(f"{run}/{file}.json" for file in ("eval_linear", "eval_linear_multiscale", "eval_knn"))}
+        mine = [c for c in stages if (value(c, "--output-dir") or value(c, "--output")) in output]
+        weights = None if name == "frozen" else f"{run}/backbone.pth"
+        assert scripts_of(mine) == scripts[dataset][name == "frozen" :]
+        assert all((value(c, "--dataset"), value(c, "--seed")) == (dataset, seed) for c in mine)
+        assert all(value(c, "--weights") == weights for c in mine[-2:])
+        if name != "frozen":
+            assert "--resume" in mine[0] and value(mine[0], "--epochs") == "100" and flags[name] in " ".join(mine[0])
+            assert name.startswith(value(mine[0], "--method"))
+    assert len(stages) == 3 * len(runs) - 4
+    linear, multiscale = (c for c in stages if "runs/voc2012/grpo_rm/seed0/backbone.pth" in c)
+    assert (value(linear, "--save-images"), value(multiscale, "--features")) == ("4", "multiscale")
+
+
+def test_dry_runs_of_the_demo_and_of_several_nodes(tmp_path):
+    commands = planned(tmp_path, SEG_TRAIN_ARGS="--batch-size 7 --epochs 2")
+    assert commands[-1][2] == "runs/demo" and len(commands) == 2 * 2 * 8 + 1
+    sizes = {(value(c, "--dataset"), value(c, "--batch-size")) for c in commands if value(c, "--method")}
+    assert sizes == {("shapes", "64"), ("shapes_seg", "7")}
+    torchrun = "srun torchrun --nnodes=2 --rdzv-endpoint=host:29500 --nproc_per_node=4"
+    (tmp_path / "masks").mkdir()  # a folder with masks
+    options = {"DATA_ROOT": str(tmp_path), "METHODS": "grpo_rm", "SEEDS": "3", "TORCHRUN": torchrun}
+    train, *rest = planned(tmp_path, "folder", **options)
+    assert train[:5] == torchrun.split() and scripts_of([train]) == ["train_seg.py"]
+    assert len(rest) == 3 and all(command[0] == "python" for command in rest)

@@ -1,6 +1,5 @@
-"""Algorithm 1: the old policy, the schedule, processes and pieces, checkpoints and resuming."""
+"""Algorithm 1: processes and accumulation, the old policy, the schedule, what a run leaves behind and warns of."""
 
-import argparse
 import functools
 import itertools
 import json
@@ -10,226 +9,224 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLASSIFICATION, CPU, TINY, free_port, stderr_of
-from torch._dynamo.backends.distributed import DDPOptimizer
+from conftest import CPU, TINY, free_port, stderr_of
+from soak_resume import read_log
 
-import checkpoint
+import cli
+import data
+import demo
 import grpo_rm
 import train_cls
-from checkpoint import Meter, means, read_log
-from data import InputError, TrainLoader, draw_shapes_split
-from grpo_rm import (
-    ClassificationHead,
-    Policy,
-    VitTiny,
-    World,
-    copy_policy,
-    forward_macs,
-    init_world,
-    learning_rate,
-    load_backbone,
-    train,
-    training_step,
-)
+import train_seg
+from grpo_rm import ClassificationHead, Policy, SegmentationHead, learning_rate, load_backbone, training_step
+from run import Meter
+
+TRAIN = [*TINY, "--batch-size", "40", "--lr", "1e-3", "--epochs", "2", "--log-every", "1"]  # 3 steps an epoch
+MAPS = ["--dataset", "shapes_seg", "--image-size", "28", "--map-size", "14"]
+BOTH = [(task, method) for task in ("cls", "seg") for method in ("grpo_rm", "finetune")]
 
 
-def arguments(*extra: str) -> argparse.Namespace:
-    args = train_cls.parse_args([*TINY, "--batch-size", "40", "--lr", "1e-3", "--epochs", "2", "--log-every", "2", *extra])
-    grpo_rm.resolve_training_arguments(args, CPU, **train_cls.PAPER)
+def run(directory, *extra):
+    train_cls.main([*TRAIN, "--output-dir", str(directory), *extra])
+
+
+def steps_of(directory):
+    return [event for event in read_log(directory) if event["event"] == "step"]
+
+
+def weights(directory, name="backbone.pth"):
+    return torch.load(Path(directory) / name, weights_only=True)
+
+
+def parse(script, *flags):
+    args = script.parse_args(["--device", "cpu", *map(str, flags)])
+    protocol = data.resolve_dataset(args, "classification", "segmentation")
+    cli.resolve_training_arguments(args, CPU, protocol, **script.PAPER)
     return args
 
 
-def run(directory, *extra: str) -> None:
-    base = ["--batch-size", "40", "--lr", "1e-3", "--epochs", "4", "--log-every", "1", "--output-dir", str(directory)]
-    train_cls.main([*TINY, *base, *extra])
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes and accumulation, in float64: beyond float32's rounding
 
 
-def without_speed(events):
-    return [{k: v for k, v in event.items() if k not in ("images_per_s", "seconds", "peak_memory_gb")} for event in events]
-
-
-def small_policy(seed: int = 0) -> Policy:
-    torch.manual_seed(seed)
-    return Policy(VitTiny(), ClassificationHead(96, 10, 32)).double()
-
-
-class DoubleLoader(TrainLoader):
-    """float64 images, so that processes and pieces can be compared beyond float32's rounding."""
-
+class DoubleLoader(data.Loader):
     def epoch(self, epoch, start=0):
         for images, targets in super().epoch(epoch, start):
             yield images.double(), targets
 
 
-def train_in_double(directory: str, world: World, *extra: str) -> None:
-    """Two epochs of three steps, the last of 3 samples: some ranks and pieces are empty."""
-    args = arguments("--output-dir", directory, *extra)
-    loader = DoubleLoader(draw_shapes_split(83, seed=0), CLASSIFICATION["shapes"], 42, 40, world, 1, seed=3, augment=args.augment == "default")
-    train(small_policy(), loader, dict, args, world)
+def train_in_double(directory, world, task, *flags):
+    """Two epochs of three steps, the last of 2 images: a third process has none."""
+    script, count = (train_cls, 82) if task == "cls" else (train_seg, 22)
+    batch = ["--batch-size", "40"] if task == "cls" else ["--batch-size", "10", *MAPS]
+    base = ["--workers", "1", "--lr", "2e-3", "--epochs", "2", "--log-every", "2", "--ratio-floor", "0"]
+    args = parse(script, *batch, *base, "--output-dir", directory, *flags)
+    split = data.load_splits(args.dataset, ".", args.task, download=False)[0].subset(range(count))
+    args.classes, args.train_images = split.classes, count
+    torch.manual_seed(world.rank)  # rank 0's weights count
+    shape = (96, len(split.classes), 32)
+    head = ClassificationHead(*shape) if task == "cls" else SegmentationHead(*shape, args.map_size)
+    policy = Policy(load_backbone("vit_tiny"), head).double()
+    loader = DoubleLoader(split, args, world, train=True, augment=True)
+    grpo_rm.train(policy, loader, dict, args, world)
 
 
-def rank_of_several(rank: int, size: int, port: int, directory: str, *extra: str) -> None:
+def not_finite_at(call, kind):
+    """A cross_entropy_loss whose value, or else only its gradient, is nan the `call`-th time."""
+    calls, original = itertools.count(1), grpo_rm.cross_entropy_loss
+
+    def poisoned(logits, targets, **options):
+        loss, stats = original(logits, targets, **options)
+        if next(calls) == call:
+            loss = loss * math.nan if kind == "loss" else loss + (0 * logits).sum().abs().sqrt()
+        return loss, stats
+
+    return poisoned
+
+
+def keep(graphs, graph, inputs):
+    """A backend of torch.compile that runs what was captured as it is; appends the functions that it calls."""
+    graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+    return graph
+
+
+def rank_of_several(rank, size, port, root):
+    """Everything that several processes are needed for, in one start of them."""
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    train_in_double(directory, init_world("cpu"), *extra)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    world = cli.start_processes("cpu")
+    for task, method in BOTH:
+        flags = ["--method", method, "--grad-accum", "2" if size == 2 else "1"]
+        train_in_double(f"{root}/{task} {method} {size} processes", world, task, *flags)
+    if size == 2:
+        meter = Meter()
+        meter.add(3 - 2 * rank, {"loss": rank, "max_ratio": 5 - rank})  # weights 3 and 1
+        readings = [meter.read(world)]
+        meter.add(torch.tensor(2), {"loss": torch.tensor(4.0), "max_ratio": torch.tensor(9.0)})
+        Path(f"{root}/meter{rank}.json").write_text(json.dumps([*readings, meter.read(world)]))
+
+        graphs, torch.compile = [], functools.partial(torch.compile, backend=lambda *graph: keep(graphs, *graph))
+        train_in_double(f"{root}/compiled", world, "seg", "--compile")
+        assert len(graphs) == 4  # not cut for DDP's buckets, as the old policy's would not be
+
+        if rank == 1:
+            grpo_rm.cross_entropy_loss = not_finite_at(5, "loss")
+        with pytest.raises(cli.NotFinite, match="not finite at step 5"):
+            train_in_double(f"{root}/poisoned", world, "cls", "--method", "finetune", "--checkpoint-minutes", "0")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(("size", "pieces", "flags"), [(4, 1, ()), (2, 1, ("--group-size", "4")), (2, 2, ("--method", "finetune"))])
-def test_processes_and_accumulation_change_nothing(size, pieces, flags, tmp_path):
-    common = ("--ratio-floor", "0", *flags)
-    train_in_double(str(tmp_path / "one"), CPU, *common)
-    train_in_double(str(tmp_path / "pieces"), CPU, *common, "--grad-accum", "5")
-    start = (size, free_port(), str(tmp_path / "processes"), *common, "--grad-accum", str(pieces))
-    torch.multiprocessing.spawn(rank_of_several, start, nprocs=size)
-    expected = torch.load(tmp_path / "one" / "backbone.pth", weights_only=True)
-    start = small_policy().backbone.state_dict()
-    assert any((expected[name] - start[name]).abs().max() > 1e-4 for name in start)
-    for name in ("pieces", "processes"):
-        torch.testing.assert_close(torch.load(tmp_path / name / "backbone.pth", weights_only=True), expected, atol=1e-9, rtol=1e-9)
-        for event, other in zip(*(without_speed(read_log(tmp_path / run / "log.jsonl")) for run in ("one", name)), strict=True):
-            assert event.pop("event") == other.pop("event")
-            assert event == pytest.approx(other, rel=1e-7, abs=1e-12)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The directory of runs on 1, 2 and 3 processes, and with accumulation."""
+    root = tmp_path_factory.mktemp("double")
+    for size in (2, 3):
+        torch.multiprocessing.spawn(rank_of_several, (size, free_port(), str(root)), nprocs=size)
+    for task, method in BOTH:
+        train_in_double(root / f"{task} {method} one", CPU, task, "--method", method)
+        train_in_double(root / f"{task} {method} accumulated", CPU, task, "--method", method, "--grad-accum", "3")
+    return root
 
 
-def one_step(policy, old_policy, args, scaler=None):
-    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3, fused=True)
-    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-    generator = torch.Generator().manual_seed(5)
-    images = torch.randn(40, 3, 42, 42, generator=generator, dtype=next(policy.parameters()).dtype)
-    targets = torch.arange(40) % 10
-    meter = Meter()
-    meter.add(training_step(policy, old_policy, optimizer, scaler, images, targets, args, CPU))
-    return means(meter.read())
+def assert_equal_runs(one, other):
+    """Equal up to the rounding of float64 (an accuracy is rounded to float32)."""
+    for name in ("backbone.pth", "head.pth"):
+        torch.testing.assert_close(weights(other, name), weights(one, name), rtol=0, atol=1e-9)
+    for event, expected in zip(read_log(other), read_log(one), strict=True):
+        assert event.pop("event") == expected.pop("event")
+        assert event == pytest.approx(expected, rel=1e-7, abs=1e-9)
 
 
-@pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_ratio_is_exactly_one_at_the_first_step_after_a_refresh(amp):
-    policy, old_policy = small_policy().float(), small_policy(seed=1).float()
-    args = arguments("--ratio-floor", "0", "--amp", amp)
-    assert one_step(policy, old_policy, args)["mean_ratio"] != 1
-    copy_policy(old_policy, policy)
-    stats = one_step(policy, old_policy, args)
-    assert stats["mean_ratio"] == stats["max_ratio"] == 1
-    assert stats["clip_fraction"] == stats["kl"] == 0 and abs(stats["loss"]) < 1e-7
-    assert one_step(policy, old_policy, args)["max_ratio"] > 1  # the policy moved, the old one did not
+@pytest.mark.parametrize(("task", "method"), BOTH)
+@pytest.mark.parametrize("other", ["2 processes", "3 processes", "accumulated"])
+def test_processes_and_accumulation_change_nothing(task, method, other, trained):
+    assert_equal_runs(trained / f"{task} {method} one", trained / f"{task} {method} {other}")
 
 
-def test_the_old_policy_stays_behind_between_refreshes(tmp_path, monkeypatch):
-    """Seen from outside: it changes exactly at the refreshes, and then equals the policy."""
+def test_runs_that_are_compared_are_not_trivially_equal(trained):
+    torch.manual_seed(0)
+    ends = [load_backbone("vit_tiny").double().state_dict()]
+    ends += [weights(trained / f"{task} {method} one") for task, method in BOTH]
+    for one, other in itertools.combinations(ends, 2):
+        assert max((one[name] - other[name]).abs().max() for name in one) > 1e-3
+
+
+def test_a_meter_over_two_processes_and_two_readings(trained):
+    first, second = json.loads((trained / "meter0.json").read_text())
+    assert first == {"loss": [0 * 3 + 1 * 1, 3 + 1], "max_ratio": [5, 1]}
+    assert second == {"loss": [2 * 4 + 2 * 4, 2 + 2], "max_ratio": [9, 1]}
+    assert (trained / "meter0.json").read_text() == (trained / "meter1.json").read_text()
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(trained):
+    assert torch.load(trained / "poisoned" / "checkpoint.pt", weights_only=True)["step"] == 4
+    assert not (trained / "poisoned" / "backbone.pth").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The old policy, torch.compile
+
+
+@pytest.mark.parametrize(("flags", "fresh"), [
+    ([], {1, 4}),
+    (["--amp", "bf16"], {1, 4}),
+    (["--grad-accum", "4"], {1, 4}),
+    (["--old-policy-every", "2"], {1, 3, 5}),
+], ids=["off", "bf16", "accumulation", "every 2 steps"])  # fmt: skip
+def test_the_ratio_is_exactly_one_right_after_a_refresh(flags, fresh, tmp_path):
+    run(tmp_path, "--ratio-floor", "0", *flags)
+    for line in steps_of(tmp_path):
+        one = (line["max_ratio"], line["kl"], line["clip_fraction"]) == (1, 0, 0)
+        assert one == (line["step"] in fresh)
+        assert (abs(line["loss"]) < 1e-7 and line["mean_ratio"] == pytest.approx(1, abs=1e-6)) or not one
+
+
+def test_the_old_policy_changes_exactly_at_refreshes(tmp_path, monkeypatch):
+    """And then it equals the policy."""
     seen = []
-    original = grpo_rm.training_step
 
-    def spy(model, old_policy, *rest):
-        same = all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), old_policy.state_dict().values(), strict=True))
-        seen.append((same, id(old_policy), sum(p.double().sum().item() for p in old_policy.parameters())))
-        assert not any(p.requires_grad or p.grad is not None for p in old_policy.parameters())
-        return original(model, old_policy, *rest)
-
-    monkeypatch.setattr(grpo_rm, "training_step", spy)
-    run(tmp_path / "epoch", "--epochs", "2")  # 3 steps an epoch
-    assert [same for same, _, _ in seen] == [True, False, False] * 2
-    assert len({identity for _, identity, _ in seen}) == 1  # allocated once
-    assert seen[0][2] == seen[1][2] == seen[2][2] != seen[3][2]
-    seen.clear()
-    run(tmp_path / "steps", "--epochs", "2", "--old-policy-every", "2")
-    assert [same for same, _, _ in seen] == [True, False] * 3
-
-
-@pytest.mark.parametrize("extra", [(), ("--grad-accum", "4"), ("--amp", "bf16"), ("--old-policy-every", "1")], ids=str)
-def test_the_old_policy_does_not_run_right_after_a_refresh(extra, tmp_path, monkeypatch):
-    """And not a bit changes by that."""
-    run(tmp_path / "skipped", "--epochs", "2", *extra)
-    original, steps, forwards = grpo_rm.training_step, [], []
-
-    def spy(model, old_policy, *rest):
-        *rest, fresh, order = rest
-        steps.append(fresh)
-        counting = old_policy.register_forward_hook(lambda *_: forwards.append(fresh))
-        sums = original(model, old_policy, *rest, False, order)
-        counting.remove()
-        return sums
+    def spy(policy, old_policy, *rest):
+        same = [torch.equal(a, b) for a, b in zip(policy.parameters(), old_policy.parameters(), strict=True)]
+        assert not any(parameter.requires_grad or parameter.grad is not None for parameter in old_policy.parameters())
+        seen.append((all(same), sum(parameter.double().sum().item() for parameter in old_policy.parameters())))
+        training_step(policy, old_policy, *rest)
 
     monkeypatch.setattr(grpo_rm, "training_step", spy)
-    run(tmp_path / "all", "--epochs", "2", *extra)
-    assert steps == ([True] * 6 if "--old-policy-every" in extra else [True, False, False] * 2) and len(forwards) >= 6
-    for name in ("backbone.pth", "head.pth"):
-        skipped, whole = (torch.load(tmp_path / d / name, weights_only=True) for d in ("skipped", "all"))
-        assert all(torch.equal(skipped[key], whole[key]) for key in whole)
-    logs = [read_log(tmp_path / d / "log.jsonl") for d in ("skipped", "all")]
-    assert without_speed(logs[0]) == without_speed(logs[1])
+    run(tmp_path)
+    assert [same for same, _ in seen] == [True, False, False] * 2
+    sums = [total for _, total in seen]
+    assert sums[0] == sums[1] == sums[2] != sums[3] == sums[4] == sums[5]
 
 
-def test_a_fresh_old_policy_is_not_asked():
-    class Silent(torch.nn.Module):
-        def forward(self, images):
-            raise AssertionError
-
-    args = arguments("--ratio-floor", "0")
-    optimizer = torch.optim.Adam((policy := small_policy()).parameters(), fused=True)
-    images, targets = torch.ones(4, 3, 42, 42, dtype=torch.float64), torch.arange(4)
-    sums = training_step(policy, Silent(), optimizer, torch.amp.GradScaler("cpu", enabled=False), images, targets, args, CPU, True)
-    assert sums["mean_ratio"] == sums["samples"] == 4  # rho = 1
-
-
-def test_compiled_policies_share_their_code(tmp_path, monkeypatch):
-    """So rho is exactly 1 after a refresh; names, resuming and, up to rounding, the result are those of a plain run."""
-    compile_, original, same = torch.nn.Module.compile, grpo_rm.training_step, []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_(self, backend="aot_eager", **options))
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    grpo_rm.compiled_loss.cache_clear()
-
-    def spy(model, old_policy, optimizer, scaler, images, targets, args, world, fresh, order):
-        if fresh:
-            same.append(torch.equal(old_policy(images), model(images)))
-        return original(model, old_policy, optimizer, scaler, images, targets, args, world, fresh, order)
-
-    run(tmp_path / "plain", "--epochs", "2")
-    monkeypatch.setattr(grpo_rm, "training_step", spy)
+def test_compiled_backbones_and_loss(trained, tmp_path, monkeypatch):
+    """The same results as without, from one code for both policies: else rho would not be exactly 1 after a refresh."""
+    graphs = []
+    backend = functools.partial(torch.compile, backend=lambda *graph: keep(graphs, *graph))
+    monkeypatch.setattr(torch, "compile", backend)
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    run(tmp_path / "whole", "--epochs", "2", "--compile")
-    assert same == [True, True]
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4  # policies and loss; batches of 40 images and, at the end, of 20
-    assert not torch._dynamo.utils.counters["graph_break"]
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    same.clear()
-    run(tmp_path / "recomputed", "--epochs", "2", "--compile", "--recompute-activations")
-    assert same == [True, True] and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
-    run(tmp_path / "parts", "--epochs", "2", "--compile", "on", "--max-steps", "4")
-    run(tmp_path / "parts", "--epochs", "2", "--compile", "--resume")
-    for name in ("backbone.pth", "head.pth"):
-        plain, whole, parts = (torch.load(tmp_path / d / name, weights_only=True) for d in ("plain", "whole", "parts"))
-        assert all(torch.equal(whole[key], parts[key]) for key in whole)
-        torch.testing.assert_close(whole, plain, atol=1e-3, rtol=0)
-    assert json.loads((tmp_path / "whole" / "config.json").read_text())["compile"] is True
-    assert json.loads((tmp_path / "plain" / "config.json").read_text())["compile"] is False  # auto, on a CPU
-    grpo_rm.compiled_loss.cache_clear()
+    train_in_double(tmp_path, CPU, "cls", "--compile")
+    assert_equal_runs(trained / "cls grpo_rm one", tmp_path)
+    backbones = [calls for calls in graphs if torch.conv2d in calls]
+    assert (len(backbones), len(graphs)) == (2, 4)  # backbone and loss; batches of 40 images and, at the end, of 2
+    assert all(calls.count(torch.nn.functional.multi_head_attention_forward) == 4 for calls in backbones)  # whole
 
 
-def compiled_rank(rank: int, port: int, directory: str) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    module_compile, cuts = torch.nn.Module.compile, []
-    torch.nn.Module.compile = lambda self, **options: module_compile(self, backend="aot_eager", **options)
-    torch.compile = functools.partial(torch.compile, backend="aot_eager")
-    cut = DDPOptimizer.compile_fn
-    DDPOptimizer.compile_fn = lambda self, *graph: cuts.append(rank) or cut(self, *graph)
-    run(directory, "--compile", "on", "--workers", "1", "--max-steps", "2")
-    Path(directory, f"cuts{rank}.json").write_text(json.dumps(cuts))
+def test_processes_compile(trained):
+    assert_equal_runs(trained / "seg grpo_rm one", trained / "compiled")
 
 
-def test_processes_compile_the_whole_policy(tmp_path):
-    """Cut for DDP's buckets, its code would not be the old policy's, nor, were that compiled first, that of a resumed run."""
-    torch.multiprocessing.spawn(compiled_rank, (free_port(), str(tmp_path)), nprocs=2)
-    assert [json.loads((tmp_path / f"cuts{rank}.json").read_text()) for rank in range(2)] == [[], []]
+def test_random_layers_are_off_in_both_policies(tmp_path, monkeypatch):
+    def noisy(self, images, original=demo.VitTiny.forward_features):
+        return {name: torch.dropout(x, 0.5, self.training) for name, x in original(self, images).items()}
+
+    monkeypatch.setattr(demo.VitTiny, "forward_features", noisy)
+    run(tmp_path, "--ratio-floor", "0", "--max-steps", "1")
+    assert steps_of(tmp_path)[0]["max_ratio"] == 1
 
 
-def test_multiply_accumulates_by_hand():
-    T, D, patch = 26, 96, 14  # tokens of a 70-pixel image, width
-    block = 4 * D * D * T + 2 * 4 * D * D * T + 2 * T * T * D  # query, key, value and output; the MLP; attention
-    expected = 25 * 3 * patch**2 * D + 4 * block + D * 32 + 32 * 10
-    assert forward_macs(small_policy(), 70) == expected
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedule and optimiser
 
 
 def test_learning_rate():
@@ -241,264 +238,183 @@ def test_learning_rate():
     assert learning_rate(0, 1, 0, 1.0, 0.01) == 1.0
 
 
-def test_defaults_are_the_papers():
-    args = train_cls.parse_args(["--dataset", "tiny_imagenet"])
-    grpo_rm.resolve_training_arguments(args, CPU, **train_cls.PAPER)
-    assert (args.lr, args.lr_end, args.batch_size, args.epochs, args.hidden_dim) == (4e-3, 4e-5, 1024, 100, 256)
-    assert (args.clip_eps, args.uniformity, args.accuracy_weight, args.uniformity_weight) == (0.2, "eq4", 1, 1)
-    assert (args.image_size, args.backbone, args.ratio_floor) == (70, "dinov2_vits14", 0.1)
-    assert args.output_dir == "runs/tiny_imagenet/grpo_rm/seed0"
+@pytest.mark.parametrize(("script", "dataset", "flags", "expected"), [
+    (train_cls, "tiny_imagenet", [], {"lr": 4e-3, "lr_end": 4e-5, "batch_size": 1024, "hidden_dim": 256}),
+    (train_cls, "cifar10", ["--batch-size", "64"], {"lr": 2.5e-4, "lr_end": 2.5e-6}),
+    (train_seg, "voc2012", [], {"lr": 1e-5, "lr_end": 1e-7, "batch_size": 256, "hidden_dim": 64}),
+    (train_seg, "ade20k", ["--batch-size", "1024"], {"lr": 4e-5, "lr_end": 4e-7, "hidden_dim": 256, "map_size": 128}),
+])  # fmt: skip
+def test_defaults_are_the_papers(script, dataset, flags, expected):
+    expected |= {"epochs": 100, "clip_eps": 0.2, "uniformity": "eq4", "accuracy_weight": 1, "uniformity_weight": 1}
+    expected |= {"method": "grpo_rm", "group_weighting": "uniform", "backbone": "dinov2_vits14"}
+    expected |= {"background_penalty": 0.5 if script is train_seg else 0, "old_policy_every": None, "train_fraction": 1}
+    expected |= {"ratio_floor": 0.1, "warmup_epochs": 5}  # not the paper's
+    args = vars(parse(script, "--dataset", dataset, *flags))
+    assert {name: args[name] for name in expected} == expected
 
 
-def test_head_factor_and_gradient_clipping(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("method", "warmup"), [("grpo_rm", 0), ("finetune", 1)])
+def test_the_rates_of_a_run(method, warmup, tmp_path, monkeypatch):
     rates = []
-    monkeypatch.setattr(grpo_rm, "training_step", lambda m, o, optimizer, *rest: rates.append(
-        [group["lr"] for group in optimizer.param_groups]) or {k: torch.ones((), dtype=torch.float64) for k in
-        ("samples", "images", "loss", "accuracy", "grad_norm")})
-    run(tmp_path, "--method", "finetune", "--head-lr-factor", "10", "--epochs", "1")
-    assert all(head == pytest.approx(10 * backbone) for backbone, head in rates)
+
+    def spy(policy, old_policy, extract, loss_function, optimizer, *rest):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        training_step(policy, old_policy, extract, loss_function, optimizer, *rest)
+
+    monkeypatch.setattr(grpo_rm, "training_step", spy)
+    run(tmp_path, "--method", method, "--head-lr-factor", "10", "--warmup-epochs", str(warmup), "--lr-end", "1e-5")
+    expected = [learning_rate(step, 6, 3 * warmup, 1e-3, 1e-5) for step in range(6)]
+    assert rates == [[rate, pytest.approx(10 * rate)] for rate in expected]
+    assert [line["lr"] for line in steps_of(tmp_path)] == expected
 
 
-def test_gradient_norm_clipping():
+def test_gradient_clipping():
     class Keep(torch.optim.SGD):
         def zero_grad(self, set_to_none=True):  # leave the gradients for the test to see
             pass
 
-    def gradient_norm(*flags):
-        policy = small_policy()
-        meter = Meter()
-        optimizer = Keep(policy.parameters(), lr=0.0, fused=True)
-        images, targets = torch.ones(10, 3, 42, 42, dtype=torch.float64), torch.arange(10)
-        args = arguments("--method", "finetune", *flags)
-        meter.add(training_step(policy, None, optimizer, torch.amp.GradScaler("cpu", enabled=False), images, targets, args, CPU))
-        norm = math.sqrt(sum(p.grad.square().sum().item() for p in policy.parameters()))
-        return means(meter.read())["grad_norm"], norm
+    def norms(*flags):
+        torch.manual_seed(0)
+        policy, meter = Policy(load_backbone("vit_tiny"), ClassificationHead(96, 10)), Meter()
+        args, batch = parse(train_cls, "--method", "finetune", *flags), (torch.ones(10, 3, 42, 42), torch.arange(10))
+        optimizer = Keep(policy.parameters(), lr=0.0)
+        training_step(policy, None, policy.tokens, grpo_rm.make_loss(args), optimizer, *batch, meter, args)
+        gradients = [parameter.grad for parameter in policy.parameters()]
+        return meter.read(CPU)["grad_norm"][0], torch.nn.utils.get_total_norm(gradients).item()
 
-    logged, kept = gradient_norm()
+    logged, kept = norms()
     assert logged == pytest.approx(kept) and kept > 0.1
-    clipped_logged, clipped = gradient_norm("--max-grad-norm", "0.05")
-    assert clipped_logged == pytest.approx(logged)  # logged before clipping
-    assert clipped == pytest.approx(0.05, rel=1e-4)
+    clipped_logged, clipped = norms("--max-grad-norm", "0.05")
+    assert clipped_logged == logged and clipped == pytest.approx(0.05, rel=1e-3)  # logged before clipping
 
 
-@pytest.mark.parametrize("extra", [(), ("--old-policy-every", "5"), ("--method", "finetune")], ids=["grpo_rm", "refresh5", "finetune"])
-def test_resumed_run_equals_uninterrupted_one_bit_for_bit(extra, tmp_path):
-    run(tmp_path / "whole", *extra)
-    for stop in ("3", "7", "7", "2", "8"):  # 3 steps an epoch: at an epoch's end, within one, twice the same, and one long past
-        run(tmp_path / "parts", *extra, "--max-steps", stop, "--resume")
-    run(tmp_path / "parts", *extra, "--resume")
-    for name in ("backbone.pth", "head.pth"):
-        whole, parts = (torch.load(tmp_path / d / name, weights_only=True) for d in ("whole", "parts"))
-        assert all(torch.equal(whole[key], parts[key]) for key in whole)
-    logs = [read_log(tmp_path / d / "log.jsonl") for d in ("whole", "parts")]
-    assert without_speed(logs[0]) == without_speed(logs[1])
-    assert [e["step"] for e in logs[0] if e["event"] == "step"] == list(range(1, 13))
+def test_another_optimizer_is_a_change_of_one_place(tmp_path, monkeypatch):
+    """AdamW with a rate for every block."""
 
+    def layerwise(policy, args):
+        layers = policy.tokens.backbone.vit.encoder.layers
+        groups = [{"params": block.parameters(), "factor": 0.5**i} for i, block in enumerate(reversed(layers))]
+        groups += [{"params": policy.head.parameters(), "factor": 3.0}]
+        return torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.05)
 
-def test_lines_after_the_checkpoint_are_not_doubled(tmp_path):
-    run(tmp_path, "--max-steps", "6")
-    with open(tmp_path / "log.jsonl", "a") as file:  # what a process wrote before it was killed
-        file.write(json.dumps({"event": "step", "epoch": 2, "step": 7, "loss": 9.0}) + "\n" + '{"event": "st')
-    run(tmp_path, "--resume")
-    steps = [event["step"] for event in read_log(tmp_path / "log.jsonl") if event["event"] == "step"]
-    assert steps == list(range(1, 13))
-
-
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
-    run(tmp_path / "whole")
-    run(tmp_path / "parts", "--max-steps", "6")
-    newest = tmp_path / "parts" / "checkpoint.pt"
-    newest.write_bytes(newest.read_bytes()[:1000])
-    capsys.readouterr()
-    run(tmp_path / "parts", "--resume")
-    assert f"warning: {newest} does not load" in capsys.readouterr().err
-    whole, parts = (torch.load(tmp_path / d / "backbone.pth", weights_only=True) for d in ("whole", "parts"))
-    assert all(torch.equal(whole[key], parts[key]) for key in whole)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo_rm, "make_optimizer", layerwise)
     run(tmp_path, "--max-steps", "3")
-    before = (tmp_path / "checkpoint.pt").read_bytes()
-
-    def full_disk(state, file):
-        file.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint.torch, "save", full_disk)
-    with pytest.raises(SystemExit) as exit_:
-        run(tmp_path, "--resume")
-    assert exit_.value.code == 2
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
-    assert not list(tmp_path.glob(".*tmp"))
+    groups = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["optimizer"]["param_groups"]
+    lr = steps_of(tmp_path)[-1]["lr"]
+    assert [group["lr"] / lr for group in groups] == pytest.approx([1, 0.5, 0.25, 0.125, 3])
+    torch.manual_seed(0)
+    start, end = load_backbone("vit_tiny").state_dict(), weights(tmp_path)
+    changed = {name for name in start if not torch.equal(start[name], end[name])}
+    assert changed and all("encoder.layers" in name for name in changed)
 
 
-def test_checkpoints_within_an_epoch_come_by_the_clock(tmp_path, monkeypatch):
-    saved = []
-    original = checkpoint.Run.save
-    monkeypatch.setattr(checkpoint.Run, "save", lambda self, step: saved.append(step) or original(self, step))
-    run(tmp_path / "often", "--epochs", "1", "--checkpoint-minutes", "0")
-    assert saved == [1, 2, 3, 3, 3]  # and at the epoch's end, before its validation and after it
-    saved.clear()
-    run(tmp_path / "seldom", "--epochs", "1")
-    assert saved == [3, 3]
+# ----------------------------------------------------------------------------------------------------------------------
+# A run
 
 
 def test_what_a_run_leaves_behind(tmp_path):
     run(tmp_path)
-    names = {"config.json", "log.jsonl", "checkpoint.pt", "checkpoint_previous.pt", "backbone.pth", "head.pth"}
+    names = {"config.json", "log.jsonl", "checkpoint.pt", "backbone.pth", "head.pth"}
     assert {path.name for path in tmp_path.iterdir()} == names
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["method"] == "grpo_rm" and config["ratio_floor"] == 0.1 and config["torch_version"] == torch.__version__
-    assert config["world_size"] == 1 and config["device_name"] == "cpu" and "git_commit" in config
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert {line["event"] for line in lines} == {"step", "epoch"}
-    needed = {"epoch", "step", "loss", "lr", "images_per_s", "accuracy", "clip_fraction", "mean_ratio", "max_ratio", "kl", "entropy", "grad_norm"}
-    assert all(needed <= line.keys() for line in lines)
-    assert "val_accuracy" in lines[-1] and lines[-1]["event"] == "epoch"
-    load_backbone("vit_tiny", weights=str(tmp_path / "backbone.pth"))
+    expected = {"method": "grpo_rm", "ratio_floor": 0.1, "classes": list(demo.SHAPES), "train_images": 100}
+    expected |= {"world_size": 1, "device_name": "cpu", "torch_version": torch.__version__, "background_penalty": 0}
+    assert {name: config[name] for name in expected} == expected and config["git_commit"]
+    events = read_log(tmp_path)
+    assert [line["event"][0] + str(line["step"]) for line in events] == "s1 s2 s3 e3 s4 s5 s6 e6".split()
+    assert [line["epoch"] for line in events] == [0] * 4 + [1] * 4
+    keys = "loss accuracy clip_fraction mean_ratio max_ratio kl entropy grad_norm lr".split()
+    assert all(set(keys) <= line.keys() for line in events)
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert {"images_per_s", "seconds", "peak_memory_gb", "val_accuracy"} <= last.keys()
+    assert load_backbone("vit_tiny", weights=str(tmp_path / "backbone.pth")).embed_dim == 96
+    ClassificationHead(96, 10).load_state_dict(weights(tmp_path, "head.pth"))
 
 
-def test_numbers_without_a_name_in_json_become_null():
-    assert json.loads(checkpoint.to_json({"a": math.inf, "b": math.nan, "c": 1.5})) == {"a": None, "b": None, "c": 1.5}
+def test_an_epochs_line_has_the_means_of_its_steps(tmp_path):
+    run(tmp_path, "--epochs", "1")
+    *steps, epoch = read_log(tmp_path)
+    for name in ("loss", "accuracy", "kl"):
+        mean = sum(line[name] * n for line, n in zip(steps, [40, 40, 20], strict=True)) / 100
+        assert epoch[name] == pytest.approx(mean, rel=1e-5)
+    assert epoch["max_ratio"] == max(line["max_ratio"] for line in steps)
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(grpo_rm, "cross_entropy_loss", lambda logits, *a, **k: (logits.sum() * math.nan, {"loss": logits.sum().detach() * math.nan, "accuracy": logits.sum().detach()}))
-    arguments = [*TINY, "--method", "finetune", "--log-every", "1", "--output-dir", tmp_path]
-    assert "the loss is not finite at step 1" in stderr_of(capsys, train_cls.main, *arguments, status=1)
+def test_the_same_seed_gives_the_same_bytes(tmp_path):
+    written = []
+    for name, seed in enumerate("334"):
+        run(tmp_path / str(name), "--seed", seed)
+        written.append((tmp_path / str(name) / "backbone.pth").read_bytes())
+    assert written[0] == written[1] != written[2]
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_numbers_that_are_not_finite_end_a_run(kind, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(grpo_rm, "cross_entropy_loss", not_finite_at(5, kind))
+    flags = [*TRAIN, "--method", "finetune", "--log-every", "2", "--checkpoint-minutes", "0", "--output-dir", tmp_path]
+    assert "the loss or the gradient is not finite at step 5" in stderr_of(capsys, train_cls.main, *flags, status=1)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 4 and all(value.isfinite().all() for value in state["policy"].values())
+    assert read_log(tmp_path)[-1]["step"] == 4 and not (tmp_path / "backbone.pth").exists()
 
 
 def test_a_huge_ratio_is_warned_of_once(tmp_path, capsys, monkeypatch):
-    """The objective to the letter and an old policy that denies what the policy is sure of: ratios beyond 1e4."""
-    original = grpo_rm.training_step
+    """An old policy that denies what the policy is sure of: ratios beyond 1e4."""
 
-    def spy(model, old_policy, *rest):
+    def spy(policy, old_policy, *rest):
         with torch.no_grad():
-            old_policy.head.layers[-1].bias.add_(torch.linspace(-6, 6, 10))
-        return original(model, old_policy, *rest)
+            old_policy.head[2].bias.add_(torch.linspace(-8, 8, 10))
+        training_step(policy, old_policy, *rest)
 
     monkeypatch.setattr(grpo_rm, "training_step", spy)
-    run(tmp_path, "--ratio-floor", "0", "--lr", "1e-6", "--epochs", "2")
-    ratios = [event["max_ratio"] for event in read_log(tmp_path / "log.jsonl") if event["event"] == "step"]
-    assert [ratio > 1e4 for ratio in ratios] == [False, True, True] * 2  # right after a refresh the old policy does not run
-    assert capsys.readouterr().err.count("warning: the ratio p/q reached") == 1
+    run(tmp_path, "--ratio-floor", "0", "--lr", "1e-6")
+    assert all(line["max_ratio"] > 1e4 for line in steps_of(tmp_path))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "p/q" in line]
+    assert line.startswith("warning: the ratio") and "--ratio-floor" in line
 
 
-def test_fp16_scaler_is_part_of_the_checkpoint(tmp_path):
-    run(tmp_path, "--amp", "fp16", "--epochs", "1")
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert state["scaler"]["scale"] > 1
-    assert state["old_policy"].keys() == state["policy"].keys()
+def test_a_policy_at_the_level_of_chance_is_warned_of_once(tmp_path, capsys):
+    run(tmp_path, "--lr", "1e-9", "--epochs", "5", "--warmup-epochs", "1")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: after epoch 3") and "--warmup-epochs" in line and "--lr" in line
 
 
-def test_random_layers_are_off_in_both_policies():
-    """A backbone with dropout: policy and old policy still agree exactly after a refresh."""
-
-    class Noisy(VitTiny):
-        def forward_features(self, images):
-            features = super().forward_features(images)
-            return {name: torch.nn.functional.dropout(x, 0.5, self.training) for name, x in features.items()}
-
-    grpo_rm_vit, grpo_rm.VitTiny = grpo_rm.VitTiny, Noisy
-    try:
-        policy = Policy(load_backbone("vit_tiny"), ClassificationHead(96, 10))
-    finally:
-        grpo_rm.VitTiny = grpo_rm_vit
-    old_policy = Policy(Noisy().eval(), ClassificationHead(96, 10))
-    copy_policy(old_policy, policy)
-    assert one_step(policy, old_policy, arguments("--ratio-floor", "0"))["max_ratio"] == 1
+@pytest.mark.parametrize(("flags", "warned"), [
+    ([], 0),
+    (["--batch-size", "100"], 1),
+    (["--batch-size", "100", "--old-policy-every", "5"], 0),
+    (["--batch-size", "100", "--method", "finetune"], 0),
+    (["--old-policy-every", "1"], 1),
+])  # fmt: skip
+def test_a_refresh_before_every_step_is_warned_of(flags, warned, tmp_path, capsys):
+    run(tmp_path, "--epochs", "1", *flags)
+    assert capsys.readouterr().err.count("the old policy is refreshed before every step") == warned
 
 
-def test_a_checkpoint_of_other_classes_is_refused(image_folder, tmp_path, capsys):
-    command = ["--dataset", "folder", "--data-root", image_folder, "--image-size", "42", "--backbone", "vit_tiny", "--device", "cpu"]
-    command += ["--batch-size", "9", "--epochs", "1", "--output-dir", tmp_path / "run"]
-    train_cls.main([str(part) for part in command])
-    capsys.readouterr()
-    (image_folder / "train" / "class3").mkdir()
-    (image_folder / "train" / "class0" / "0.jpg").rename(image_folder / "train" / "class3" / "0.jpg")
-    assert "the training images or the classes are not those" in stderr_of(capsys, train_cls.main, *command, "--resume")
+def test_a_share_of_the_training_set_is_the_same_for_every_method(monkeypatch, tmp_path):
+    seen = []
+
+    def spy(policy, loader, *rest):
+        seen.append([loader.split.read(i)[1].tobytes() for i in range(len(loader.split))])
+
+    monkeypatch.setattr(train_seg, "train", spy)
+    flags = [*TINY, *MAPS, "--train-fraction", "0.1"]
+    for extra in (["--method", "grpo_rm"], ["--method", "finetune"], ["--seed", "1"]):
+        train_seg.main([*flags, *extra])
+    assert len(seen[0]) == len(set(seen[0])) == 10 and seen[0] == seen[1] != seen[2]
 
 
-def ranks_that_differ(rank: int, port: int, directory: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    world = init_world("cpu")
-    order = []
-    for turn in range(2):  # rank 0 first, also when it fails
-        try:
-            with grpo_rm.one_rank_first(world):
-                order.append(len(os.listdir(directory)))
-                open(f"{directory}/{turn}_{rank}", "w").close()
-                if turn == 1:
-                    raise InputError("no such thing")
-        except InputError:
-            order.append(-1)
-        torch.distributed.barrier()
-    assert order == ([0, 2, -1] if rank == 0 else [1, 3, -1]), order
-    split = draw_shapes_split(9, seed=0)
-    state = {"step": 3, "epoch_sums": {}, "lr": 0.1, "log_lines": 0, "ranks": [{"window": {}, "seconds": 0.0}], "data": {"images": 9, "classes": split.classes}}
-    args = argparse.Namespace(output_dir=f"{directory}/rank{rank}", resume=True, lr=0.1, timeout_minutes=1)
-    os.makedirs(args.output_dir)
-    if rank == 0:
-        torch.save(state | {"args": vars(args)}, f"{args.output_dir}/checkpoint.pt")
-    with pytest.raises(InputError, match="all nodes must see one directory"):
-        checkpoint.Run(args, world, TrainLoader(split, CLASSIFICATION["shapes"], 42, 3, world, 1, seed=0, augment=False)).start()
-    torch.distributed.destroy_process_group()
+@pytest.mark.parametrize("method", ["grpo_rm", "finetune"])
+def test_an_image_of_nothing_but_void_is_no_nan(method, tmp_path, monkeypatch):
+    train, val = data.load_splits("shapes_seg", ".", "segmentation", download=False)
 
+    def read(i):
+        image, mask = train.read(i)
+        return image, mask if i else torch.full(mask.shape, data.VOID, dtype=torch.uint8).numpy()
 
-def test_ranks_take_turns_and_must_find_the_same_checkpoint(tmp_path):
-    torch.multiprocessing.spawn(ranks_that_differ, (free_port(), str(tmp_path)), nprocs=2)
-
-
-def test_a_group_of_all_classes_is_the_default_bit_for_bit(tmp_path, capsys):
-    for name, size in (("default", []), ("all", ["--group-size", "10"]), ("some", ["--group-size", "4"])):
-        run(tmp_path / name, "--epochs", "2", *size)
-    default, everything, some = (torch.load(tmp_path / name / "backbone.pth", weights_only=True) for name in ("default", "all", "some"))
-    assert all(torch.equal(default[key], everything[key]) for key in default)
-    assert not all(torch.equal(default[key], some[key]) for key in default)
-    assert "--group-size 11 must be at least 2 and at most the number of classes, 10" in stderr_of(
-        capsys, train_cls.main, *TINY, "--batch-size", "50", "--group-size", "11", "--output-dir", tmp_path / "none"
-    )
-
-
-def test_recomputed_activations_change_nothing_but_memory(tmp_path):
-    images, held, gradients = torch.randn(64, 3, 42, 42), [], []
-    for recompute in (False, True):
-        torch.manual_seed(0)
-        backbone = VitTiny()
-        if recompute:
-            grpo_rm.recompute_activations(backbone)
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
-            output = backbone(images)
-        held.append(sum(kept))
-        output.square().sum().backward()
-        gradients.append([parameter.grad for parameter in backbone.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True)) and held[1] < held[0] / 2
-    for name, flags in (("kept", []), ("recomputed", ["--recompute-activations"])):
-        run(tmp_path / name, "--epochs", "2", *flags)  # the old policy is a copy, and has blocks of its own
-    one, other = (torch.load(tmp_path / name / "backbone.pth", weights_only=True) for name in ("kept", "recomputed"))
-    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
-def test_the_old_policy_can_be_kept_in_bf16(tmp_path, monkeypatch, capsys):
-    original, dtypes, apart = grpo_rm.training_step, [], []
-
-    def spy(model, old_policy, optimizer, scaler, images, *rest):
-        dtypes.append({parameter.dtype for parameter in old_policy.backbone.parameters()} | {next(old_policy.head.parameters()).dtype})
-        sums = original(model, old_policy, optimizer, scaler, images, *rest)
-        apart.append((sums["mean_ratio"] / sums["samples"] - 1).abs().item())
-        return sums
-
-    monkeypatch.setattr(grpo_rm, "training_step", spy)
-    flags = ["--amp", "bf16", "--old-policy-dtype", "bf16", "--ratio-floor", "0", "--lr", "1e-6", "--epochs", "2"]
-    run(tmp_path / "whole", *flags)
-    assert dtypes == [{torch.bfloat16, torch.float32}] * 6
-    assert apart[0] == apart[3] == 0 and 0 < max(apart) < 0.02  # right after a refresh its logits are the policy's own
-    run(tmp_path / "parts", *flags, "--max-steps", "2")
-    run(tmp_path / "parts", *flags, "--resume")
-    whole, parts = (torch.load(tmp_path / name / "backbone.pth", weights_only=True) for name in ("whole", "parts"))
-    assert all(torch.equal(whole[key], parts[key]) for key in whole)
-    capsys.readouterr()
-    error = stderr_of(capsys, train_cls.main, *TINY, "--batch-size", "50", "--old-policy-dtype", "bf16", "--output-dir", tmp_path / "none")
-    assert "--old-policy-dtype bf16 goes with --amp bf16, not with off" in error
+    split = data.Split(train.classes, 4, read, True)
+    monkeypatch.setattr(train_seg, "load_data", lambda args, world: (split, val.subset(range(2))))
+    flags = ["--device", "cpu", "--workers", "1", *MAPS, "--batch-size", "1", "--epochs", "1", "--log-every", "1"]
+    train_seg.main([*flags, "--method", method, "--output-dir", str(tmp_path)])
+    assert [line["accuracy"] == line["loss"] == 0 for line in steps_of(tmp_path)].count(True) == 1
+    assert all(value.isfinite().all() for value in weights(tmp_path).values())

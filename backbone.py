@@ -1,0 +1,101 @@
+"""The representation model f_pre of Algorithm 1: DINOv2, another model of a hub repository, or the demo's vit_tiny."""
+
+import os
+import pickle
+import re
+import sys
+import warnings
+
+import torch
+
+from cli import InputError, first_line, in_turn
+from demo import VitTiny
+
+HUB_REPO = "facebookresearch/dinov2:b8931f7bf91576930313be2c6d6af376033b35f0"  # pinned: else each call asks the network
+DINOV2 = [f"dinov2_vit{size}14{registers}" for size in "sblg" for registers in ("", "_reg")]
+
+
+def load_backbone(name, *, hub_repo=None, weights=None):
+    """A module with DINOv2's interface: `forward_features`, `embed_dim` (D) and `patch_size`.
+
+    name: a DINOv2 model, "vit_tiny", or any model of hub_repo that gives DINOv2's keys, such as DINOv3's.
+    hub_repo: "owner/repo[:ref]" or a local directory with hub code; default: DINOv2 at a pinned commit.
+    weights: file with a state dict; every name and shape must match. Without it a repository's own weights are
+        downloaded; a local directory holds code only and gives random weights.
+
+    It stays in evaluation mode, where DINOv2 does the same: dropout would give policy and old policy different noise.
+    All parameters but the unused mask_token are trainable. Raises InputError for anything that cannot be loaded.
+    """
+    if name == "vit_tiny":
+        backbone = VitTiny()
+    elif name in DINOV2 or hub_repo:
+        backbone = load_from_hub(name, hub_repo or HUB_REPO, pretrained=weights is None)
+    else:
+        known = ", ".join(["vit_tiny", *DINOV2])
+        raise InputError(f"--backbone {name}: unknown; choose one of {known}, or name its --hub-repo")
+    if weights:
+        load_strictly(backbone, weights)
+    for parameter_name, parameter in backbone.named_parameters():
+        parameter.requires_grad_(not parameter_name.endswith("mask_token"))  # DDP stops at one that gets no gradient
+    return backbone.eval()
+
+
+def load_from_hub(name, hub_repo, *, pretrained):
+    os.environ.setdefault("XFORMERS_DISABLED", "1")  # torch's own attention: as fast, and xFormers crashes on the CPU
+    os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # downloaded weights are unpickled as plain tensors too
+    local = os.path.isdir(hub_repo)
+    if not local and not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w./-]+)?", hub_repo):
+        raise InputError(f"--hub-repo {hub_repo}: neither a directory here nor of the form owner/repo[:ref]")
+    options = {"source": "local" if local else "github", "pretrained": pretrained and not local, "verbose": False}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="xFormers")
+            # skip_validation: the check asks GitHub's API, and does not know a commit as a ref
+            backbone = torch.hub.load(hub_repo, name, trust_repo=True, skip_validation=True, **options)
+    except Exception as error:  # code of others, which may raise anything
+        raise InputError(f"--backbone {name} from {hub_repo} cannot be loaded ({first_line(error)}); without a network "
+                         "give --hub-repo DIR (a copy of the repository) and --weights FILE") from error  # fmt: skip
+    for needed in ("forward_features", "embed_dim", "patch_size"):
+        if not hasattr(backbone, needed):
+            raise InputError(f"--backbone {name} from {hub_repo} has no {needed}; it must have DINOv2's interface")
+    return backbone
+
+
+def load_strictly(module, path):
+    """Load the state dict in the file `path`. Names and shapes must match, numbers be finite; else InputError."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # torch warns of odd pickles before it refuses them
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes torch.load raise almost anything
+        reason = "not a file of plain tensors" if isinstance(error, pickle.UnpicklingError) else first_line(error)
+        raise InputError(f"weights file {path} cannot be loaded ({reason}); give a state dict of torch.save") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"weights file {path} does not hold a state dict (name -> tensor); give backbone.pth of a run")
+    expected = module.state_dict()
+    complaints = [f"{name} is missing" for name in expected.keys() - state.keys()]
+    complaints += [f"{name} is not part of this backbone" for name in state.keys() - expected.keys()]
+    for name in expected.keys() & state.keys():
+        if state[name].shape != expected[name].shape:
+            complaints += [f"{name} has shape {tuple(state[name].shape)}, not {tuple(expected[name].shape)}"]
+        elif not state[name].isfinite().all():
+            complaints += [f"{name} has numbers that are not finite"]
+    if complaints:
+        more = f" and {len(complaints) - 1} more" if len(complaints) > 1 else ""
+        raise InputError(f"weights file {path} does not fit: {min(complaints)}{more}; check --backbone and --weights")
+    module.load_state_dict(state, strict=True)
+
+
+def prepare_backbone(args, world):
+    """load_backbone for a script, on this process's device. Random weights are those of args.seed, in post-training as
+    in evaluation. Raises InputError, also where --image-size is no multiple of the patch size."""
+    torch.manual_seed(args.seed)
+    with in_turn(world, "backbone"):
+        backbone = load_backbone(args.backbone, hub_repo=args.hub_repo, weights=args.weights)
+    patch, size = backbone.patch_size, args.image_size
+    if size % patch:
+        lower = max(1, size // patch) * patch
+        raise InputError(f"--image-size {size} is no multiple of patch size {patch}; take {lower} or {lower + patch}")
+    if world.rank == 0 and not args.weights and os.path.isdir(args.hub_repo or ""):
+        text = f"{args.backbone} starts from random weights: {args.hub_repo} holds code only; give --weights FILE"
+        print(f"warning: {text}", file=sys.stderr)
+    return backbone.to(world.device)

@@ -1,0 +1,236 @@
+"""What the scripts share: bad input in one line, the processes that torchrun started, the arguments."""
+
+import argparse
+import contextlib
+import functools
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message is one line: what is wrong, where, what to do."""
+
+
+class NotFinite(RuntimeError):
+    """The loss or the gradient is nan or inf; the message is one line."""
+
+
+def first_line(error):
+    """The first line of an error's message, at most 160 characters, to quote inside a message of one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def stage(main):
+    """Decorates a script's main(argv): bad input ends it with one line and exit status 2, a loss that is not finite or
+    a GPU without memory with 1, Ctrl-C with 130. Everything else is Python's own traceback."""
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            main(argv)
+        except InputError as error:
+            end(2, f"error: {error}")
+        except NotFinite as error:
+            end(1, f"error: {error}")
+        except torch.OutOfMemoryError as error:
+            end(1, f"error: {first_line(error)} Train with --grad-accum 2, evaluate with a smaller --batch-size")
+        except KeyboardInterrupt:
+            end(130, "interrupted")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    return wrapped
+
+
+def end(status, message):
+    """Print the message on stderr and exit. What all ranks found is said once: the others wait; torchrun ends them."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(5)
+    rank = f" [rank {os.environ['RANK']}]" if os.environ.get("RANK", "0") != "0" else ""
+    print(f"{Path(sys.argv[0]).name}:{rank} {message}", file=sys.stderr, flush=True)
+    raise SystemExit(status) from None
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that torchrun started; without torchrun rank 0 of size 1, and no process group."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+    store: dist.Store | None = None
+
+
+def start_processes(device="auto"):
+    """Join torchrun's process group (nccl on GPUs, gloo on the CPU) -> World. device: "auto", "cpu" or "cuda"."""
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    cuda = torch.cuda.is_available() and device != "cpu"
+    if device == "cuda" and not cuda:
+        raise InputError("--device cuda: no CUDA device here; use --device cpu")
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise InputError(f"more processes than GPUs ({torch.cuda.device_count()}); lower --nproc_per_node")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return World(0, 0, 1, device)
+    store, rank, size = next(dist.rendezvous("env://"))
+    where = {"backend": "nccl", "device_id": device} if cuda else {"backend": "gloo"}
+    dist.init_process_group(store=store, rank=rank, world_size=size, **where)
+    return World(rank, local_rank, size, device, store)
+
+
+@contextlib.contextmanager
+def in_turn(world, what):
+    """Rank 0, then one rank of every other node, then all others: what is missing is downloaded once, whether the nodes
+    share a file system or not. They wait in the store, which no collective's time limit touches. `what`: used once."""
+    node = os.environ.get("GROUP_RANK", "0")
+    if world.rank != 0:
+        world.store.wait([f"{what} {'0' if world.local_rank == 0 else node}"], timedelta(days=7))
+    yield
+    if world.local_rank == 0 and world.store:
+        world.store.set(f"{what} {node}", "done")
+
+
+def progress(items, label, world, total=None):
+    """`items` with a progress bar on rank 0's terminal."""
+    return tqdm(items, label, total, leave=False, disable=None if world.rank == 0 else True)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Shows the script's manual as it is written; errors are InputErrors."""
+
+    def __init__(self, description):
+        layout = {"usage": "%(prog)s [flags]", "formatter_class": Formatter}
+        super().__init__(description=description, allow_abbrev=False, **layout)
+
+    def error(self, message):
+        raise InputError(f"{message} (--help explains all flags)")
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the default of every flag that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False, argparse.SUPPRESS) else f"{action.help} [%(default)s]"
+
+
+def number(low, high=math.inf, *, above=False, kind=float):
+    """An argparse type: a finite number of `kind` in [low, high], or in (low, high] with `above`."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if math.isfinite(value) and low <= value <= high and not (above and value == low):
+                return value
+        kinds, bound = "a whole number" if kind is int else "a number", "above" if above else "at least"
+        most = f" and at most {high:g}" if high < math.inf else ""
+        raise argparse.ArgumentTypeError(f"{text!r} must be {kinds} {bound} {low:g}{most}")
+
+    return parse
+
+
+whole = functools.partial(number, kind=int)
+
+
+def add_data_arguments(parser, names):
+    """Which images, and how they are prepared; `names` of datasets that the script serves, the default first."""
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", default=names[0], metavar="NAME", help=", ".join(names) + " (your own images)")
+    add("--data-root", metavar="DIR", help="where the datasets live; default: $GRPO_RM_DATA, else ./datasets")
+    add("--download", action=argparse.BooleanOptionalAction, default=True, help="fetch what is missing and may be")
+    add("--image-size", type=whole(1), help="side in pixels, a multiple of the patch size; default: the dataset's")
+    add("--limit-train", type=whole(1), metavar="N", help="N training images at even distances")
+    add("--limit-val", type=whole(1), metavar="N", help="N validation images at even distances")
+    add("--workers", type=whole(0), default=min(8, os.cpu_count() or 1), help="decoding threads of each rank")
+
+
+def add_model_arguments(parser):
+    """Backbone, device and precision."""
+    add = parser.add_argument_group("model and machine").add_argument
+    add("--backbone", help="dinov2_vit{s,b,l,g}14[_reg], vit_tiny, or one of --hub-repo; the paper's is dinov2_vits14")
+    add("--hub-repo", help="owner/repo[:ref], or a local directory with hub code (random weights unless --weights)")
+    add("--weights", help="state dict that the backbone starts from; every name and shape must match")
+    add("--seed", type=whole(0, 2**32 - 1), default=0, help="of weights, batches, augmentation; the paper has 5")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto is cuda where there is one")
+    add("--amp", choices=["auto", "bf16", "off"], default="auto", help="mixed precision; auto: bf16 on a GPU that can")
+
+
+def add_training_arguments(parser, *, lr, lr_end, batch_size):
+    """Objective, optimisation and files of a run; the paper's batch_size and, for a batch of 256, lr and lr_end."""
+    add = parser.add_argument_group("objective").add_argument
+    add("--method", choices=["grpo_rm", "finetune"], default="grpo_rm", help="finetune: cross-entropy, all else equal")
+    add("--clip-eps", type=number(0, 1, above=True), default=0.2, help="eps of Eq. (1); the paper's is 0.2")
+    add("--uniformity", choices=["eq4", "eq5", "none"], default="eq4", help="uniformity reward; the paper's is eq4")
+    add("--accuracy-weight", type=number(0), default=1.0, help="w_acc of Eq. (6); the paper's is 1")
+    add("--uniformity-weight", type=number(0), default=1.0, help="w_uni of Eq. (6); the paper's is 1")
+    add("--group-weighting", choices=["uniform", "policy"], default="uniform", help="of outputs: 1/c (the paper) or q")
+    add("--ratio-floor", type=number(0), default=0.1, help="F in rho = p / (q + F/c); 0: as printed, can blow up")
+    add("--old-policy-every", type=whole(1), metavar="STEPS",
+        help="refresh the old policy so often; default: an epoch (the paper); 1 destroys a backbone")  # fmt: skip
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=whole(1), default=100, help="the paper's is 100; GRPO-RM needs more than log(c)/log(1.2)")
+    add("--batch-size", type=whole(1), default=batch_size, help=f"global batch m; the paper's is {batch_size}")
+    add("--grad-accum", type=whole(1), default=1, help="parts of each process's batch, to save memory; same result")
+    add("--lr", type=number(0, above=True), help=f"first learning rate; default: the paper's {lr:g} * m/256")
+    add("--lr-end", type=number(0), help=f"last learning rate; default: the paper's {lr_end:g} * m/256")
+    add("--head-lr-factor", type=number(0, above=True), default=1.0, help="multiplies the head's rate; the paper: 1")
+    add("--warmup-epochs", type=number(0), help="linear; default: 5, at most a fifth of --epochs; the paper: 0")
+    add("--max-grad-norm", type=number(0, above=True), help="clip the gradient's norm; default: off, as in the paper")
+    add("--hidden-dim", type=whole(1), help="width of the head; default: the paper's 256, 64 for VOC and shapes_seg")
+    add("--train-fraction", type=number(0, 1, above=True), default=1.0, help="random share of the training set")
+    add("--augment", choices=["default", "none"], default="default", help="default: crop and flip; segmentation: flip")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--output-dir", help="default: runs/<dataset>/<method>/seed<seed>")
+    add("--resume", action="store_true", help="go on from --output-dir's checkpoint, or start where there is none")
+    add("--checkpoint-minutes", type=number(0), default=10.0, help="save that often, at a log line; and at the end")
+    add("--log-every", type=whole(1), default=10, metavar="STEPS", help="steps per line of log.jsonl")
+    add("--eval-every", type=whole(1), default=5, metavar="EPOCHS", help="validate that often, and at the end")
+    add("--max-steps", type=whole(1), help="stop after so many steps; the schedule stays that of --epochs")
+    add("--compile", action="store_true", help="torch.compile of backbones and loss: some minutes once, then faster")
+
+
+def resolve_training_arguments(args, world, protocol, *, lr, lr_end):
+    """Fill in defaults that depend on others. protocol: data.Protocol; lr, lr_end: the paper's for a batch of 256."""
+    resolve_model_arguments(args, world, protocol)
+    resolve_learning_rate(args, lr, lr_end)
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(5.0, args.epochs / 5)
+    if args.warmup_epochs >= args.epochs:
+        raise InputError(f"--warmup-epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}; take fewer")
+    args.hidden_dim = args.hidden_dim or protocol.hidden_dim
+    args.output_dir = args.output_dir or f"runs/{args.dataset}/{args.method}/seed{args.seed}"
+
+
+def resolve_learning_rate(args, lr, lr_end):
+    """The paper's rule where nothing was given: lr * m/256 falling to lr_end * m/256, m the batch size."""
+    args.lr = args.lr or lr * args.batch_size / 256
+    args.lr_end = min(args.lr, lr_end * args.batch_size / 256) if args.lr_end is None else args.lr_end
+    if args.lr_end > args.lr:
+        raise InputError(f"--lr-end {args.lr_end:g} is above --lr {args.lr:g}; the rate can only fall")
+
+
+def resolve_model_arguments(args, world, protocol):
+    """The defaults that belong to the dataset and the device."""
+    if args.weights and not os.path.isfile(args.weights):
+        raise InputError(f"--weights {args.weights}: no such file; give a state dict, such as backbone.pth of a run")
+    args.backbone = args.backbone or ("vit_tiny" if args.dataset.startswith("shapes") else "dinov2_vits14")
+    args.image_size = args.image_size or protocol.image_size
+    if args.amp == "auto":
+        bf16 = world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.amp = "bf16" if bf16 else "off"
+    args.device = world.device.type

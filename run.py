@@ -1,0 +1,293 @@
+"""A run on disk: config.json (what was asked), log.jsonl (what happened), checkpoint.pt (where it stands), weights."""
+
+import contextlib
+import fcntl
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from cli import InputError, NotFinite, in_turn, resolve_model_arguments
+
+# What does not change the mathematics: a resumed run may have other values of these, and report.py averages over them.
+NEUTRAL = set(
+    "data_root download device workers output_dir resume checkpoint_minutes eval_every log_every max_steps hub_repo "
+    "weights grad_accum compile save_images output git_commit torch_version device_name world_size".split()
+)
+
+
+def write_atomically(path, write):
+    """Let `write(file)` fill a file that then takes the name `path`: a reader sees the old file or the whole new one,
+    whenever the process dies."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path, values):
+    """Write `values` as indented JSON, atomically."""
+    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def make_directory(path, flag):
+    """Make the directory `path`, named by `flag`, where it is missing. Raises InputError where it cannot be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise InputError(f"{flag}: {path} cannot be written; choose another directory")
+
+
+def environment(world):
+    """What config.json says beside the arguments: source, versions, hardware."""
+
+    def git(*command):
+        with contextlib.suppress(OSError):  # there is no git
+            git = ["git", "-C", str(Path(__file__).parent), *command]
+            return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+
+    cuda, modified = world.device.type == "cuda", git("status", "--porcelain", "-uno")
+    return {
+        "git_commit": (git("rev-parse", "HEAD") or "unknown") + ("+modified" if modified else ""),
+        "torch_version": torch.__version__,
+        "device_name": torch.cuda.get_device_name(world.device) if cuda else "cpu",
+        "world_size": world.size,
+    }
+
+
+class Meter:
+    """Means over samples since the last reading, and peaks. Sums stay on the device, so that no step waits for it."""
+
+    def __init__(self):
+        self.pairs = {}  # {name: (sum, weight)}, or (peak, 1) where the name begins with max_
+
+    def add(self, samples, stats):
+        """stats: {name: mean over so many samples, or peak}."""
+        for name, value in stats.items():
+            value = torch.as_tensor(value, dtype=torch.float64)
+            if name.startswith("max_"):
+                self.pairs[name] = torch.maximum(value, self.pairs.get(name, (value,))[0]), 1
+            else:
+                total, weight = self.pairs.get(name, (0, 0))
+                self.pairs[name] = total + value * samples, weight + samples
+
+    def read(self, world):
+        """{name: [sum, weight] or [peak, 1]} over all processes; the meter starts anew."""
+        numbers = [number for pair in self.pairs.values() for number in pair]
+        table = torch.stack([torch.as_tensor(number, dtype=torch.float64, device=world.device) for number in numbers])
+        tables = [table]
+        if dist.is_initialized():
+            tables = [torch.empty_like(table) for _ in range(world.size)]
+            dist.all_gather(tables, table)
+        names, self.pairs = list(self.pairs), {}
+        pairs = zip(names, *torch.stack(tables).view(world.size, -1, 2).tolist(), strict=True)
+        return {name: functools.reduce(merge(name), of_ranks) for name, *of_ranks in pairs}
+
+
+def merge(name):
+    """How two pairs of a meter become one."""
+    return lambda a, b: [max(a[0], b[0]), 1] if name.startswith("max_") else [a[0] + b[0], a[1] + b[1]]
+
+
+class Run:
+    """A run's directory. Rank 0 writes; all ranks call every method at the same steps. `parts`: modules and optimizer,
+    whose state makes up a checkpoint. With args.resume they are restored, and log lines from after the checkpoint are
+    dropped: they come again. SIGTERM, SIGUSR1 and Ctrl-C, to any rank, save the run at the next log line and end it."""
+
+    def __init__(self, args, world, steps_per_epoch, **parts):
+        self.args, self.world, self.steps_per_epoch, self.parts = args, world, steps_per_epoch, parts
+        self.directory, self.meter, self.warned = Path(args.output_dir), Meter(), set()
+        self.settings = {name: value for name, value in vars(args).items() if name not in NEUTRAL}
+        self.signal = self.stop = self.step = 0  # a signal's number, here and on any rank; where training starts
+        self.epoch = {}  # what the meter gave since the epoch began
+        with in_turn(world, "output directory"):
+            state = [self.open() if world.rank == 0 else None]
+        if dist.is_initialized():
+            dist.broadcast_object_list(state)
+        if state[0]:
+            for name, part in parts.items():
+                part.load_state_dict(state[0][name])
+            self.step, self.epoch = state[0]["step"], state[0]["epoch"]
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, lambda number, frame: setattr(self, "signal", number))
+        self.announce()
+        bar = {"unit": "step", "leave": False, "disable": None if world.rank == 0 else True}
+        self.bar = tqdm(total=args.epochs * steps_per_epoch, initial=self.step, **bar)
+        self.window_started = self.saved = time.monotonic()
+
+    def open(self):
+        """On rank 0: lock the directory while this process lives, write config.json, cut the log. -> checkpoint"""
+        checkpoint, log = self.directory / "checkpoint.pt", self.directory / "log.jsonl"
+        make_directory(self.directory, "--output-dir")
+        self.log_file = open(log, "ab+")
+        try:
+            fcntl.lockf(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"--output-dir {self.directory}: another process trains there; choose another") from error
+        if not self.args.resume and (log.stat().st_size or checkpoint.exists()):
+            raise InputError(f"--output-dir {self.directory} already holds a run; add --resume, or choose another")
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint.exists() else None
+        for name, value in self.settings.items() if state else ():
+            if (before := state["settings"].get(name)) != value:
+                what = f"--resume: {name} is {str(value)[:80]}, but {str(before)[:80]} in {self.directory}"
+                raise InputError(f"{what}; give the same, or another --output-dir")
+        end = 0
+        self.log_file.seek(0)
+        for line in self.log_file:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > (state["step"] if state else 0):
+                break
+            end += len(line)
+        self.log_file.truncate(end)
+        write_json(self.directory / "config.json", vars(self.args) | environment(self.world))
+        return state
+
+    def announce(self):
+        """The first lines of a run: what it does, and where it departs from the paper."""
+        args, steps, floor = self.args, self.steps_per_epoch, f"{self.args.ratio_floor:g}"
+        self.say(f"{args.method} of {args.backbone} on {args.dataset}: {args.epochs} epochs of {steps} steps on "
+                 f"{self.world.size} x {args.device}, amp {args.amp}, lr {args.lr:g} to {args.lr_end:g}", sys.stdout)
+        if args.warmup_epochs:
+            self.say(f"warm-up {args.warmup_epochs:g} epochs; as in the paper: --warmup-epochs 0", sys.stdout)
+        if args.method == "grpo_rm" and args.ratio_floor:
+            self.say(f"ratio floor {floor}: rho = p / (q + {floor}/c); as in the paper: --ratio-floor 0", sys.stdout)
+        if args.method == "grpo_rm" and (args.old_policy_every or steps) == 1:
+            self.warn("refresh", "the old policy is refreshed before every step: rho is always 1, the clip never acts; "
+                      "take a smaller --batch-size or a larger --old-policy-every")  # fmt: skip
+        self.say(f"{f'resuming at step {self.step}' if self.step else 'writing'} -> {self.directory}", sys.stdout)
+
+    def advance(self, step):
+        """One step on the progress bar."""
+        self.bar.set_description_str(f"epoch {self.epoch_of(step) + 1}/{self.args.epochs}", refresh=False)
+        self.bar.update()
+
+    def epoch_of(self, step):
+        return (step - 1) // self.steps_per_epoch
+
+    def log_steps(self, step, lr):
+        """The line of the steps since the last one. Raises NotFinite, on all ranks."""
+        self.meter.add(1, {"max_signal": self.signal})
+        reading = self.meter.read(self.world)
+        self.stop = int(reading.pop("max_signal")[0])
+        finite, steps = reading.pop("finite")
+        if finite < steps:  # from the first on none is finite
+            first = step - round((steps - finite) / self.world.size) + 1
+            raise NotFinite(f"the loss or the gradient is not finite at step {first}; checkpoint.pt is from before it: "
+                            "try a lower --lr, --warmup-epochs 5 or --max-grad-norm 1")  # fmt: skip
+        reading["seconds"] = [time.monotonic() - self.window_started, 0]
+        self.epoch = {name: merge(name)(self.epoch.get(name, [0, 0]), pair) for name, pair in reading.items()}
+        values = self.log("step", step, lr, reading)
+        self.bar.set_postfix_str(f"loss {values['loss']:.4g}", refresh=False)
+        if values.get("max_ratio", 0) > 1e4:
+            self.warn("ratio", f"the ratio p/q reached {values['max_ratio']:.1e} by step {step}: samples whose "
+                      "prediction flips swamp the update; try --ratio-floor 0.1 or 1, or a lower --lr")  # fmt: skip
+        self.window_started = time.monotonic()
+
+    def log_epoch(self, step, lr, metrics):
+        """The epoch's line: means, seconds of training, this process's peak memory, and what validation measured."""
+        peak = torch.cuda.max_memory_allocated() / 1e9 if self.world.device.type == "cuda" else None
+        cost = {"seconds": self.epoch["seconds"][0], "peak_memory_gb": peak}
+        values, epoch = self.log("epoch", step, lr, self.epoch, **cost, **metrics), self.epoch_of(step) + 1
+        accuracy, chance = 100 * values["accuracy"], 100 / len(self.args.classes)
+        ratio = f"  rho <= {values['max_ratio']:.3g}" if "max_ratio" in values else ""
+        measured = "".join(f" {name.removeprefix('val_')} {value:.1f}" for name, value in metrics.items())
+        self.say(f"epoch {epoch}/{self.args.epochs}  loss {values['loss']:.4f}  acc {accuracy:.1f} %{ratio}  "
+                 f"{values['images_per_s']:.0f} img/s{'  val' * bool(metrics)}{measured}", sys.stdout)  # fmt: skip
+        if epoch >= self.args.warmup_epochs + 2 and accuracy < 2 * chance:
+            self.warn("chance", f"after epoch {epoch} the policy is right on {accuracy:.1f} % of the samples (chance: "
+                      f"{chance:.1f} %); if this lasts, try more --warmup-epochs or a lower --lr")  # fmt: skip
+        self.epoch, self.window_started = {}, time.monotonic()
+
+    def log(self, event, step, lr, reading, **more):
+        """Append a line with the means of a meter's reading; returns them."""
+        values = {k: total / max(weight, 1) for k, (total, weight) in reading.items() if k not in ("seconds", "images")}
+        values |= {"lr": lr, "images_per_s": reading["images"][0] / reading["seconds"][0]}
+        if self.world.rank == 0:
+            line = {"event": event, "epoch": self.epoch_of(step), "step": step} | values | more
+            self.log_file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+            self.log_file.flush()
+        return values
+
+    def save_if_due(self, step, last):
+        """Write checkpoint.pt by the clock, at the end, and when a signal came; then the signal ends the run."""
+        due = time.monotonic() - self.saved > 60 * self.args.checkpoint_minutes
+        if self.world.rank == 0 and (due or last or self.stop):
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            state |= {"step": step, "epoch": self.epoch, "settings": self.settings}
+            write_atomically(self.directory / "checkpoint.pt", lambda file: torch.save(state, file))
+            self.saved = time.monotonic()
+        if self.stop:
+            name = signal.Signals(self.stop).name
+            self.say(f"{name}: saved at step {step} in {self.directory}; --resume goes on from there")
+            if dist.is_initialized():
+                dist.barrier()  # until it is written
+                dist.destroy_process_group()
+            raise SystemExit(128 + self.stop)
+        self.window_started = time.monotonic()
+
+    def export(self, name, module):
+        """Write the state dict of `module`, on the CPU."""
+        if self.world.rank == 0:
+            state = {key: value.detach().cpu() for key, value in module.state_dict().items()}
+            write_atomically(self.directory / name, lambda file: torch.save(state, file))
+
+    def say(self, text, file=None):
+        """Print a line on rank 0 without breaking the progress bar."""
+        if self.world.rank == 0:
+            tqdm.write(text, file=file or sys.stderr)
+
+    def warn(self, kind, text):
+        """Each kind of warning is said once."""
+        if kind not in self.warned:
+            self.say(f"warning: {text}")
+        self.warned.add(kind)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What an evaluation knows of a run
+
+
+def config_beside(weights):
+    """The config.json of the run that wrote the file `weights`; {} where there is none."""
+    path = Path(weights or "").parent / "config.json"
+    config = json.loads(path.read_text()) if weights and path.is_file() else {}
+    return config if "method" in config else {}  # others' weights have a config.json too
+
+
+def resolve_evaluation(args, world, protocol, name):
+    """Fill in what was left out from the config.json beside the weights: method, seed, backbone and, for the same
+    dataset, the image size. Returns where the result goes: args.output, else the file `name` beside the weights of a
+    run on the same dataset, or in the directory of the frozen baseline. Raises InputError."""
+    config = config_beside(args.weights)
+    args.method = config.get("method", "frozen")
+    args.fit_seed = args.seed if args.seed is not None else config.get("seed", 0)  # of the linear layer
+    args.seed = config.get("seed", args.fit_seed)
+    args.backbone, args.hub_repo = args.backbone or config.get("backbone"), args.hub_repo or config.get("hub_repo")
+    same = config.get("dataset") == args.dataset and (args.dataset != "folder" or config["data_root"] == args.data_root)
+    args.image_size = args.image_size or (config["image_size"] if same else None)
+    resolve_model_arguments(args, world, protocol)
+    if config and not same and not args.output:
+        raise InputError(f"--weights {args.weights} come from a run on another dataset; name the result with --output")
+    directory = Path(args.weights).parent if same else Path(f"runs/{args.dataset}/frozen/seed{args.seed}")
+    path = Path(args.output or directory / name)
+    make_directory(path.parent, "--output")
+    return path
+
+
+def write_result(path, args, result):
+    """Write an evaluation's scores and counts, which weights they are of, and all settings."""
+    settings = {k: v for k, v in vars(args).items() if k not in NEUTRAL or k in ("weights", "hub_repo", "data_root")}
+    write_json(path, settings | {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()})
