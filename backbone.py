@@ -71,18 +71,13 @@ def load_strictly(module, path):
         raise InputError(f"weights file {path} cannot be loaded ({reason}); give a state dict of torch.save") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"weights file {path} does not hold a state dict (name -> tensor); give backbone.pth of a run")
-    expected = module.state_dict()
-    complaints = [f"{name} is missing" for name in expected.keys() - state.keys()]
-    complaints += [f"{name} is not part of this backbone" for name in state.keys() - expected.keys()]
-    for name in expected.keys() & state.keys():
-        if state[name].shape != expected[name].shape:
-            complaints += [f"{name} has shape {tuple(state[name].shape)}, not {tuple(expected[name].shape)}"]
-        elif not state[name].isfinite().all():
-            complaints += [f"{name} has numbers that are not finite"]
-    if complaints:
-        more = f" and {len(complaints) - 1} more" if len(complaints) > 1 else ""
-        raise InputError(f"weights file {path} does not fit: {min(complaints)}{more}; check --backbone and --weights")
-    module.load_state_dict(state, strict=True)
+    try:
+        module.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"weights file {path} does not fit ({reason}); check --backbone and --weights") from error
+    if bad := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise InputError(f"weights file {path}: {bad[0]} has numbers that are not finite; take another")
 
 
 def prepare_backbone(args, world):

@@ -151,32 +151,25 @@ def load_splits(name, root, task, *, download):
     return next(function for function in load if function.__name__ == name)(root, download)
 
 
-def missing(what, where, remedy, download):
-    """The InputError of a dataset that is not there."""
-    fetch = "" if download else "leave out --no-download, or "
-    return InputError(f"{what}: {where} is missing or incomplete; {fetch}{remedy}")
-
-
 @contextlib.contextmanager
-def downloading(what, remedy):
-    """What goes wrong in a download is one line. Nothing is unpacked before its checksum is right."""
+def available(what, remedy, download):
+    """A dataset that is not there or cannot be fetched is one line. No archive is unpacked before it was checked."""
     try:
         yield
     except (OSError, RuntimeError, EOFError) as error:
-        raise InputError(f"{what}: the download failed ({first_line(error)}); try again, or {remedy}") from error
+        fetch = "try again" if download else "leave out --no-download"
+        raise InputError(f"{what} is missing or incomplete ({first_line(error)}); {fetch}, or {remedy}") from error
 
 
 def fetch_archive(what, root, home, url, md5, download, needed="."):
     """Where the directory `home` below `root` is missing, download the archive that holds it and unpack it, whole or
     not at all. Raises InputError where home/needed is not there in the end."""
-    remedy = f"unpack {url} into {root}"
-    if download and not home.is_dir():
-        with downloading(what, remedy):
+    with available(what, f"unpack {url} into {root}", download):
+        if download and not home.is_dir():
             download_and_extract_archive(url, str(root), str(root / ".unpacking"), md5=md5)
             home.parent.mkdir(exist_ok=True)
             os.replace(root / ".unpacking" / home.relative_to(root), home)
-    if not (home / needed).exists():
-        raise missing(what, home / needed, remedy, download)
+        (home / needed).stat()
 
 
 def torchvision_set(name, root, download):
@@ -186,34 +179,29 @@ def torchvision_set(name, root, download):
         "cifar100": (datasets.CIFAR100, "cifar-100-python.tar.gz"),
         "stl10": (datasets.STL10, "stl10_binary.tar.gz"),
     }[name]
-    splits, remedy = [], f"unpack {archive} into {root}"
-    for part in ("train", "test"):
-        options = {"split": part} if name == "stl10" else {"train": part == "train"}
-        try:
-            found = dataset(str(root), **options)
-        except (RuntimeError, OSError) as error:
-            if not download:
-                raise missing(name, root, remedy, download) from error
-            with downloading(name, remedy):
-                found = dataset(str(root), download=True, **options)
-        pixels = found.data.transpose(0, 2, 3, 1) if name == "stl10" else found.data  # (n, H, W, 3) uint8
-        splits.append(array_split(list(found.classes), pixels, found.labels if name == "stl10" else found.targets))
-    return splits
+    which = [{"split": "train"}, {"split": "test"}] if name == "stl10" else [{"train": True}, {"train": False}]
+    with available(f"{name} in {root}", f"unpack {archive} there", download):
+        found = [dataset(str(root), download=download, **part) for part in which]
+    if name == "stl10":
+        return [array_split(list(x.classes), x.data.transpose(0, 2, 3, 1), x.labels) for x in found]
+    return [array_split(list(x.classes), x.data, x.targets) for x in found]
 
 
 def array_split(classes, pixels, targets):
+    """A split of pixels (n, H, W, 3) uint8 and targets (n,)."""
     return Split(classes, len(targets), lambda i: (Image.fromarray(pixels[i]), int(targets[i])))
 
 
 def tiny_imagenet(root, download):
     """Tiny-ImageNet in its official layout; classes in the order of wnids.txt."""
     home, url = root / "tiny-imagenet-200", "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-    labels, wnids = "val/val_annotations.txt", home / "wnids.txt"
+    labels, remedy = "val/val_annotations.txt", f"remove {home} and unpack {url} again"
     fetch_archive("tiny_imagenet", root, home, url, "90528d7ca1a48142e341f4ef8d21d0de", download, needed=labels)
-    classes = wnids.read_text().split() if wnids.is_file() else []
-    folders = [image_files(home / "train" / wnid / "images") for wnid in classes]
-    if len({len(folder) for folder in folders}) != 1 or not folders[0]:  # all classes have equally many images
-        raise missing("tiny_imagenet", home / "train", f"remove {home} and unpack {url} again", download)
+    with available("tiny_imagenet", remedy, download):
+        classes = (home / "wnids.txt").read_text().split()
+        folders = [image_files(home / "train" / wnid / "images") for wnid in classes]
+        if len({len(folder) for folder in folders}) != 1 or not folders[0]:
+            raise OSError("its classes do not have equally many images")
     train = [(file, label) for label, folder in enumerate(folders) for file in folder]
     rows = [line.split("\t")[:2] for line in (home / labels).read_text().splitlines()]
     val = [(str(home / "val" / "images" / file), classes.index(wnid)) for file, wnid in rows]
@@ -226,7 +214,7 @@ def imagenet(root, download):
     archives = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
     for home in (root, root / "imagenet"):
         if not (home / "val").is_dir() and all((home / archive).is_file() for archive in archives):
-            with downloading("imagenet", f"remove train/ and val/ in {home} first"):
+            with available(f"imagenet in {home}", "remove train/ and val/ there", download):
                 for part in ("train", "val"):
                     datasets.ImageNet(str(home), split=part)
         if (home / "train").is_dir() and (home / "val").is_dir():
@@ -356,14 +344,11 @@ def pair_up(images, masks):
 
 
 def voc2012(root, download):
-    """PASCAL VOC 2012 segmentation through torchvision, which checks the archive."""
-    home = root / "VOCdevkit" / "VOC2012"
-    url = "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar"
+    """PASCAL VOC 2012 segmentation."""
+    home, url = root / "VOCdevkit" / "VOC2012", "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar"
     fetch_archive("voc2012", root, home, url, "6cd6e144f989b92b3379bac3b3de84fd", download)
-    try:
-        found = [datasets.VOCSegmentation(str(root), year="2012", image_set=part) for part in ("train", "val")]
-    except OSError as error:
-        raise missing("voc2012", home, f"remove it and unpack {url} into {root}", download) from error
+    with available("voc2012", f"remove {home} and unpack {url} into {root}", download):
+        found = [datasets.VOCSegmentation(str(root), image_set=part) for part in ("train", "val")]
     return [mask_split(VOC_CLASSES, list(zip(x.images, x.masks, strict=True)), VOC_TABLE) for x in found]
 
 
@@ -519,7 +504,7 @@ class Loader:
         batches = order.split(self.args.batch_size)[start:]
         places = [torch.arange(len(batch)).tensor_split(self.world.size)[self.world.rank] for batch in batches]
         mine = [batch[place] if len(place) else batch[:1] for batch, place in zip(batches, places, strict=True)]
-        for step, (images, targets) in enumerate(self.fetch(mine, key=(self.args.seed, epoch), as_input=False)):
+        for step, (images, targets) in enumerate(self.pixels(mine, key=(self.args.seed, epoch))):
             place = places[step] if len(places[step]) else torch.arange(1)
             if self.augment:  # drawn for the whole global batch: the same whatever the number of ranks
                 generator, total = random_generator(AUGMENT, self.args.seed, epoch, start + step), len(batches[step])
@@ -542,19 +527,20 @@ class Loader:
         for indices, parts in zip(mine, self.fetch(mine), strict=True):
             yield indices, *parts
 
-    def fetch(self, batches, key=(), as_input=True):
-        """(*images, targets) of each list of samples; `key` is for what is drawn at random in decoding. as_input=False:
-        images stay (B, S, S, 3) uint8."""
-        for *images, targets in self.from_memory(batches) if self.resident else self.from_workers(batches, key):
-            sides = self.sides if self.split.masks else [self.args.image_size]
-            yield *(to_input(x, side) if as_input else x for x, side in zip(images, sides, strict=True)), targets
+    def fetch(self, batches):
+        """(*images, targets) of each list of samples."""
+        sides = self.sides if self.split.masks else [self.args.image_size]
+        for *images, targets in self.pixels(batches):
+            yield *(to_input(x, side) for x, side in zip(images, sides, strict=True)), targets
 
-    def from_memory(self, batches):
-        for indices in batches:
+    def pixels(self, batches, key=()):
+        """As `fetch`, but images are (B, S, S, 3) uint8, as decoded; `key` is for what is drawn at random there."""
+        for indices in batches if self.resident else ():
             indices = to_device(indices, self.world.device)
             yield tuple(part[indices] for part in self.resident)
+        if self.resident:
+            return
 
-    def from_workers(self, batches, key):
         def load(indices):
             try:
                 parts = zip(*(self.decode(i, key) for i in indices.tolist()), strict=True)

@@ -25,6 +25,7 @@ from backbone import load_backbone  # noqa: F401  (others import it from here)
 from run import Run
 
 IGNORE = -100  # the target of a sample that takes no part (void pixels); 255 would be a class of ImageNet
+LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}  # what fits a CPU's cache; few launches on a GPU
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Objective
@@ -154,12 +155,10 @@ class ClassificationHead(nn.Sequential):
     def __init__(self, embed_dim, num_outputs, hidden_dim=256):
         super().__init__(nn.Linear(embed_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, num_outputs))
 
+        self.logits_per_image = num_outputs
+
     def forward(self, tokens):
         return super().forward(tokens.to(self[0].weight.dtype))
-
-    def images_per_chunk(self, device):
-        """How many images go through head and loss at a time: all of them."""
-        return 2**31
 
 
 class SegmentationHead(ClassificationHead):
@@ -171,17 +170,13 @@ class SegmentationHead(ClassificationHead):
 
     def __init__(self, embed_dim, num_outputs, hidden_dim=256, map_size=128):
         super().__init__(embed_dim, num_outputs, hidden_dim)
-        self.map_size = map_size
+        self.map_size, self.logits_per_image = map_size, num_outputs * map_size**2
 
     def forward(self, tokens):
         side = math.isqrt(tokens.shape[1])
         x = self[0](tokens.to(self[0].weight.dtype)).transpose(1, 2).unflatten(2, (side, side))  # (B, hidden, h, w)
         x = F.interpolate(x, size=(self.map_size, self.map_size), mode="bilinear")  # (B, hidden, M, M)
         return F.conv2d(x.relu(), self[2].weight[:, :, None, None], self[2].bias)  # (B, G, M, M)
-
-    def images_per_chunk(self, device):
-        """As many as give 2^20 logits on a CPU (its cache), 2^26 on a GPU (few launches)."""
-        return max(1, (2**26 if device.type == "cuda" else 2**20) // (self[2].out_features * self.map_size**2))
 
 
 class Tokens(nn.Module):
@@ -235,7 +230,7 @@ def backward(policy, old_policy, extract, loss_function, images, targets, share,
     """
     old_tokens = old_policy.tokens(images).detach() if old_policy else None
     tokens = extract(images)  # (B, D) or (B, h*w, D)
-    size = policy.head.images_per_chunk(images.device)
+    size = max(1, LOGITS_AT_ONCE[images.device.type] // policy.head.logits_per_image)
     chunks = [x.requires_grad_() for x in tokens.detach().split(size)]
     old_chunks = old_tokens.split(size) if old_policy else chunks
     for x, old_x, y in zip(chunks, old_chunks, targets.split(size), strict=True):

@@ -185,8 +185,8 @@ class Run:
         finite, steps = reading.pop("finite")
         if finite < steps:  # from the first on none is finite
             first = step - round((steps - finite) / self.world.size) + 1
-            raise NotFinite(f"the loss or the gradient is not finite at step {first}; checkpoint.pt is from before it: "
-                            "try a lower --lr, --warmup-epochs 5 or --max-grad-norm 1")  # fmt: skip
+            raise NotFinite(f"the loss or the gradient is not finite at step {first}, and nothing is saved after it; try "
+                            "a lower --lr or --max-grad-norm 1, in another --output-dir")  # fmt: skip
         reading["seconds"] = [time.monotonic() - self.window_started, 0]
         self.epoch = {name: merge(name)(self.epoch.get(name, [0, 0]), pair) for name, pair in reading.items()}
         values = self.log("step", step, lr, reading)
@@ -260,18 +260,13 @@ class Run:
 # What an evaluation knows of a run
 
 
-def config_beside(weights):
-    """The config.json of the run that wrote the file `weights`; {} where there is none."""
-    path = Path(weights or "").parent / "config.json"
-    config = json.loads(path.read_text()) if weights and path.is_file() else {}
-    return config if "method" in config else {}  # others' weights have a config.json too
-
-
 def resolve_evaluation(args, world, protocol, name):
     """Fill in what was left out from the config.json beside the weights: method, seed, backbone and, for the same
     dataset, the image size. Returns where the result goes: args.output, else the file `name` beside the weights of a
     run on the same dataset, or in the directory of the frozen baseline. Raises InputError."""
-    config = config_beside(args.weights)
+    beside = Path(args.weights or "").parent / "config.json"
+    config = json.loads(beside.read_text()) if args.weights and beside.is_file() else {}
+    config = config if "method" in config else {}  # others' weights have a config.json too
     args.method = config.get("method", "frozen")
     args.fit_seed = args.seed if args.seed is not None else config.get("seed", 0)  # of the linear layer
     args.seed = config.get("seed", args.fit_seed)
