@@ -99,15 +99,14 @@ def grpo_rm_loss(
     q = log_q.exp()
 
     r_acc, r_uni = accuracy_reward(k, G).to(q.dtype), uniformity_reward(q, k, uniformity)
-    rewards = accuracy_weight * r_acc + uniformity_weight * r_uni  # Eq. (6)
-    rewards[:, 0] -= background_penalty * G
+    penalty = background_penalty * G * (torch.arange(G, device=q.device) == 0)  # (G,): class 0's
+    rewards = accuracy_weight * r_acc + uniformity_weight * r_uni - penalty  # Eq. (6)
     probs = q if weighting == "policy" else None
     advantages = group_advantages(rewards, probs)  # (N, G)
     # A difference of logarithms, never a quotient of probabilities; exp(80) is finite.
     ratio = (log_p - ((q + ratio_floor / G).log() if ratio_floor else log_q)).clamp(max=80).exp()  # rho (N, G)
-    unclipped = ratio * advantages
-    clipped = ratio.detach().clamp(1 - clip_eps, 1 + clip_eps) * advantages  # constant where it is the smaller one
-    surrogate = torch.where(clipped < unclipped, clipped, unclipped)  # min(rho A, clip(rho) A)
+    unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
+    surrogate = torch.minimum(unclipped, clipped)
     loss = -mean(group_mean(surrogate, probs)[:, 0])  # Eq. (1)
 
     with torch.no_grad():

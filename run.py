@@ -185,8 +185,8 @@ class Run:
         finite, steps = reading.pop("finite")
         if finite < steps:  # from the first on none is finite
             first = step - round((steps - finite) / self.world.size) + 1
-            raise NotFinite(f"the loss or the gradient is not finite at step {first}, and nothing is saved after it; try "
-                            "a lower --lr or --max-grad-norm 1, in another --output-dir")  # fmt: skip
+            raise NotFinite(f"the loss or the gradient is not finite at step {first}, nothing is saved after it; try a "
+                            "lower --lr or --max-grad-norm 1, in another --output-dir")  # fmt: skip
         reading["seconds"] = [time.monotonic() - self.window_started, 0]
         self.epoch = {name: merge(name)(self.epoch.get(name, [0, 0]), pair) for name, pair in reading.items()}
         values = self.log("step", step, lr, reading)

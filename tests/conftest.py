@@ -1,5 +1,6 @@
-"""Small worlds for the tests: images on disk, runs on a tiny budget, scripts as a user starts them."""
+"""Small worlds for the tests: images on disk, scripts as a user starts them, several processes."""
 
+import json
 import os
 import signal
 import socket
@@ -12,12 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from cli import World
+import cli
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+CPU = cli.World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 DATA = Path(os.environ.get("GRPO_RM_TEST_DATA", ROOT.parent / "shared" / "data"))  # real images, where they are
 TINY = ["--device", "cpu", "--workers", "2", "--limit-train", "100", "--limit-val", "40"]  # of the embedded shapes
+TORCHRUN = ["-m", "torch.distributed.run"]
+TWO = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
 
 
 @pytest.fixture(autouse=True)
@@ -31,69 +34,107 @@ def plain_environment(monkeypatch):
         signal.signal(number, handler)
 
 
-def run_script(*command: str | Path, nproc: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """Run a script of the repository as a user does, under torchrun when nproc > 1."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
-    script, *arguments = (str(part) for part in command)
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    return subprocess.run(
-        [sys.executable, *launch, str(ROOT / script), *arguments],
-        cwd=cwd,
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def start(script, *arguments, launch=(), stderr=subprocess.PIPE, **environment):
+    """A script of the repository as a user starts it, left running; `launch` is TWO or another torchrun."""
+    command = [sys.executable, *launch, ROOT / script, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen([*map(str, command)], env=environment, stderr=stderr, text=True)
 
 
-def free_port() -> int:
+def in_processes(function, size, *arguments):
+    """Call function(world, *arguments) on `size` processes of one thread each, which start with torch imported."""
+    torch.multiprocessing.set_forkserver_preload(["torchvision"])
+    options = {"nprocs": size, "start_method": "forkserver"}
+    torch.multiprocessing.start_processes(one_of_several, (function, size, free_port(), arguments), **options)
+
+
+def one_of_several(rank, function, size, port, arguments):
+    torch.set_num_threads(1)
+    if size > 1:
+        os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{size}")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
+    function(cli.start_processes("cpu"), *arguments)
+    if size > 1:
+        torch.distributed.destroy_process_group()
+
+
+def free_port():
     """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def write_image(path: Path, seed: int, size: tuple[int, int] = (20, 16), mode: str = "RGB") -> None:
+def stderr_of(capsys, main, *arguments, status=2):
+    """Call main, which must exit with `status` after one line on stderr; returns it."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in arguments])
+    assert exit_.value.code == status
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Traceback" not in error, error
+    return error
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text())
+
+
+def write_image(path, seed, size=(20, 16), mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).convert(mode).save(path)
 
 
+def write_mask(path, labels, mode="L"):
+    """Labels as a grey image, as the indices of a palette ("P"), or in another mode."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.asarray(labels, dtype=np.uint8))
+    if mode == "P":
+        image.putpalette(bytes(255 - i % 256 for i in range(768)))  # it now is one of mode P
+    image.convert(mode).save(path)
+
+
+def write_pair(images, masks, name, labels, mode="L", suffix="jpg", image_mode="RGB"):
+    write_image(images / f"{name}.{suffix}", len(labels), labels.shape[::-1], image_mode)
+    write_mask(masks / f"{name}.png", labels, mode)
+
+
 @pytest.fixture
-def image_folder(tmp_path) -> Path:
+def image_folder(tmp_path):
     """A folder set: 3 classes, 6 training and 2 validation images of each, of several sizes and modes."""
     root = tmp_path / "folder"
     for split, count in (("train", 6), ("val", 2)):
-        for label in range(3):
-            for i in range(count):
-                mode, suffix = [("RGB", "jpg"), ("L", "png"), ("P", "png")][i % 3]
-                write_image(root / split / f"class{label}" / f"{i}.{suffix}", 10 * label + i, (20 + i, 16 + label), mode)
+        for label, i in np.ndindex(3, count):
+            mode, suffix = [("RGB", "jpg"), ("L", "png"), ("P", "png")][i % 3]
+            file = root / split / f"class{label}" / f"{i}.{suffix}"
+            write_image(file, 10 * label + i, (20 + i, 16 + label), mode)
     return root
 
 
 @pytest.fixture
-def tiny_imagenet(tmp_path) -> Path:
+def mask_folder(tmp_path):
+    """A folder set of 3 classes with masks: 6 training and 4 validation images of several sizes."""
+    root = tmp_path / "scenes"
+    for part, i in [*(("train", i) for i in range(6)), *(("val", i) for i in range(4))]:
+        mask = np.arange(3, dtype=np.uint8).repeat((20, 20, 20 + i))[None].repeat(40, 0)
+        mask[:2] = 255  # void
+        write_pair(root / "images" / part, root / "masks" / part, f"{i}", mask, "LP"[i % 2], "jpg" if i else "png")
+    (root / "classes.txt").write_text("sky\nroad\n\ncar\n")
+    return root
+
+
+@pytest.fixture
+def tiny_imagenet(tmp_path):
     """Tiny-ImageNet's official layout with 3 classes, out of alphabetical order in wnids.txt; some images are grey."""
-    home = tmp_path / "tiny-imagenet-200"
-    wnids = ["n03", "n01", "n02"]
+    home, wnids, rows = tmp_path / "tiny-imagenet-200", ["n03", "n01", "n02"], ""
     for label, wnid in enumerate(wnids):
         for i in range(4):
-            write_image(home / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", 10 * label + i, (64, 64), "L" if i == 0 else "RGB")
+            file = home / "train" / wnid / "images" / f"{wnid}_{i}.JPEG"
+            write_image(file, 10 * label + i, (64, 64), "RGB" if i else "L")
         (home / "train" / wnid / f"{wnid}_boxes.txt").write_text("")
-    rows = []
     for i in range(6):
         write_image(home / "val" / "images" / f"val_{i}.JPEG", 100 + i, (64, 64))
-        rows.append(f"val_{i}.JPEG\t{wnids[i % 3]}\t0\t0\t63\t63\n")
-    (home / "val" / "val_annotations.txt").write_text("".join(rows))
+        rows += f"val_{i}.JPEG\t{wnids[i % 3]}\t0\t0\t63\t63\n"
+    (home / "val" / "val_annotations.txt").write_text(rows)
     (home / "wnids.txt").write_text("\n".join(wnids) + "\n")
     return tmp_path
-
-
-def stderr_of(capsys, main, *arguments, status: int = 2, lines: int = 1) -> str:
-    """Call main, which must exit with `status` after one line on stderr, or after warnings `lines` of them; returns them."""
-    with pytest.raises(SystemExit) as exit_:
-        main([str(argument) for argument in arguments])
-    assert exit_.value.code == status
-    error = capsys.readouterr().err
-    assert error.count("\n") == lines and "Traceback" not in error, error
-    return error

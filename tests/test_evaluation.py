@@ -1,7 +1,7 @@
 """The evaluations against brute force, what they say about their run, and that processes do not change a digit."""
 
 import argparse
-import json
+import contextlib
 import os
 import shutil
 from collections import defaultdict
@@ -9,11 +9,11 @@ from functools import cache
 
 import numpy as np
 import pytest
-import test_data
 import torch
 import torch.nn.functional as F
-from conftest import CPU, TINY, free_port, run_script, stderr_of
+from conftest import CPU, TINY, in_processes, read_json, stderr_of
 from PIL import Image
+from soak_resume import read_log
 
 import backbone
 import cli
@@ -27,12 +27,8 @@ from data import VOID, Loader, Split, load_splits
 from eval_knn import knn_predict
 from eval_linear import PatchTokens, confusion_matrix, fit_softmax_regression, predict, segmentation_scores
 
-mask_folder = test_data.mask_folder
 SEGMENTATION = ["--device", "cpu", "--workers", "1", "--map-size", "8", "--epochs", "2", "--backbone", "vit_tiny"]
-
-
-def result_of(path):
-    return json.loads(path.read_text())
+SCENES = "--dataset shapes_seg --image-size 28 --limit-train 40 --limit-val 40".split()
 
 
 # k nearest neighbours
@@ -115,14 +111,15 @@ def finished_run(tmp_path):
     return [*TINY, "--weights", str(tmp_path / "run" / "backbone.pth")]
 
 
-@pytest.mark.parametrize(("module", "name"), [(eval_linear, "eval_linear.json"), (eval_knn, "eval_knn.json")])
-def test_results_know_their_run(module, name, finished_run, tmp_path):
-    module.main([*finished_run, "--batch-size", "32"])
-    result = result_of(tmp_path / "run" / name)
-    expected = {"dataset": "shapes", "method": "grpo_rm", "seed": 3, "backbone": "vit_tiny", "image_size": 56}
-    expected |= {"train_images": 100, "val_images": 40, "weights": finished_run[-1]}
-    assert {key: result[key] for key in expected} == expected
-    assert 0 <= result["top1"] <= 100 and result["top1"] * 40 / 100 == pytest.approx(round(result["top1"] * 40 / 100))
+def test_results_know_their_run(finished_run, tmp_path):
+    for module, name in ((eval_linear, "eval_linear.json"), (eval_knn, "eval_knn.json")):
+        module.main([*finished_run, "--batch-size", "32"])
+        result = read_json(tmp_path / "run" / name)
+        expected = {"dataset": "shapes", "method": "grpo_rm", "seed": 3, "backbone": "vit_tiny", "image_size": 56}
+        expected |= {"train_images": 100, "val_images": 40, "weights": finished_run[-1]}
+        assert {key: result[key] for key in expected} == expected
+        hits = result["top1"] * 40 / 100
+        assert 0 <= hits <= 40 and hits == pytest.approx(round(hits))
 
 
 def test_frozen_baseline_is_the_backbone_training_starts_from(tmp_path, monkeypatch):
@@ -133,8 +130,8 @@ def test_frozen_baseline_is_the_backbone_training_starts_from(tmp_path, monkeypa
     eval_knn.main([*TINY, "--seed", "3"])
     eval_knn.main([*TINY, "--seed", "3", "--weights", "start.pth", "--output", "start.json"])
     eval_knn.main([*TINY, "--seed", "4", "--output", "other.json"])
-    frozen = result_of(tmp_path / "runs" / "shapes" / "frozen" / "seed3" / "eval_knn.json")
-    start, other = (result_of(tmp_path / name) for name in ("start.json", "other.json"))
+    frozen = read_json(tmp_path / "runs" / "shapes" / "frozen" / "seed3" / "eval_knn.json")
+    start, other = (read_json(tmp_path / name) for name in ("start.json", "other.json"))
     assert frozen["top1"] == start["top1"] != other["top1"]
     assert frozen["method"] == start["method"] == "frozen" and (frozen["seed"], frozen["weights"]) == (3, None)
 
@@ -144,7 +141,7 @@ def test_weights_of_a_run_on_other_data_need_an_output(finished_run, image_folde
     refused = (*flags, image_folder, *finished_run[-2:])
     assert "come from a run on another dataset" in stderr_of(capsys, eval_knn.main, *refused)
     eval_knn.main([str(part) for part in (*refused, "--output", tmp_path / "other.json")])
-    assert result_of(tmp_path / "other.json")["method"] == "grpo_rm"
+    assert read_json(tmp_path / "other.json")["method"] == "grpo_rm"
 
     shutil.copytree(image_folder, tmp_path / "copy")
     run = ["--backbone", "vit_tiny", "--batch-size", "6", "--epochs", "1", "--output-dir", str(tmp_path / "second")]
@@ -152,7 +149,7 @@ def test_weights_of_a_run_on_other_data_need_an_output(finished_run, image_folde
     weights = ["--weights", str(tmp_path / "second" / "backbone.pth")]
     assert "come from a run on another dataset" in stderr_of(capsys, eval_knn.main, *flags, tmp_path / "copy", *weights)
     eval_knn.main([*flags, os.path.relpath(image_folder), *weights])  # the same, by another name
-    assert result_of(tmp_path / "second" / "eval_knn.json")["train_images"] == 18
+    assert read_json(tmp_path / "second" / "eval_knn.json")["train_images"] == 18
 
 
 @pytest.mark.parametrize("module", [train_cls, train_seg, eval_linear, eval_knn])
@@ -164,23 +161,6 @@ def test_missing_weights_are_named_before_anything_is_loaded(module, tmp_path, m
     dataset = "voc2012" if module is train_seg else "cifar10"
     error = stderr_of(capsys, module.main, "--dataset", dataset, "--device", "cpu", "--weights", "none.pth")
     assert "--weights none.pth: no such file" in error and not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("module", "flags", "message"),
-    [
-        (eval_knn, ["--limit-train", "4"], "--k 5 is more than the 4 training images"),
-        (eval_knn, ["--dataset", "shapes_seg"], "--dataset shapes_seg"),
-        (eval_linear, ["--features", "multiscale"], "are for segmentation"),
-        (eval_linear, ["--save-images", "2"], "are for segmentation"),
-        (eval_linear, ["--lr", "1e-3", "--lr-end", "1e-2"], "--lr-end 0.01 is above --lr 0.001"),
-        (eval_linear, ["--image-size", "40"], "--image-size 40 is no"),
-    ],
-)
-def test_bad_arguments_are_named_in_one_line(module, flags, message, tmp_path, capsys):
-    given = ("--device", "cpu", "--workers", 1, "--limit-val", 4, *flags, "--output", tmp_path / "r.json")
-    assert message in stderr_of(capsys, module.main, *given)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("fit", ["fit_softmax_regression", "fit_segmenter"])
@@ -202,7 +182,7 @@ def test_validation_images_never_train_the_layer(fit, tmp_path, monkeypatch):
     if dataset == "shapes":
         _, (features, targets), _ = found["class_tokens"][2]
         share = (found[fit][2](features).argmax(1) == targets).double().mean().item()
-        assert result_of(tmp_path / "r.json")["top1"] == pytest.approx(100 * share, abs=1e-4) and len(targets) == 9
+        assert read_json(tmp_path / "r.json")["top1"] == pytest.approx(100 * share, abs=1e-4) and len(targets) == 9
 
 
 # Scores of segmentation
@@ -234,14 +214,6 @@ def test_scores_equal_counting_pixel_by_pixel(seed):
 def test_scores_without_any_pixel_are_zero():
     scores = segmentation_scores(torch.zeros(3, 3, dtype=torch.int64))
     assert scores == {"pixel_acc": 0.0, "iou": 0.0, "miou": 0.0, "per_class_iou": [None, None, None]}
-
-
-def test_the_papers_frozen_rows_fit_the_micro_average():
-    """Tables 2 and 4: IoU = acc / (2 - acc) for every DINOv2 row."""
-    rows = {0.9306: 0.8702, 0.7019: 0.5407, 0.9404: 0.8875, 0.7102: 0.5507, 0.6343: 0.4645, 0.6457: 0.4768}
-    for accuracy, iou in rows.items():
-        hits = round(10000 * accuracy)
-        assert segmentation_scores([[hits, 10000 - hits], [0, 0]])["iou"] == pytest.approx(iou, abs=1.01e-4)
 
 
 # Linear layer on patch tokens
@@ -313,7 +285,7 @@ def test_images_are_scored_at_the_size_of_their_masks(features, mask_folder, tmp
     flags = [*SEGMENTATION, "--dataset", "folder", "--data-root", str(mask_folder), "--image-size", "56"]
     flags += ["--features", features, "--output", str(tmp_path / "r.json")]
     eval_linear.main([*flags, "--save-images", "2"])
-    result, split, confusion, found = result_of(tmp_path / "r.json"), seen["split"], 0, []
+    result, split, confusion, found = read_json(tmp_path / "r.json"), seen["split"], 0, []
 
     sides = [56] if features == "linear" else [56, 70, 98]  # 56 * 1.32 and 56 * 1.73 in whole patches
     loader = Loader(split, seen["args"], CPU, sides=sides, native=True)
@@ -358,18 +330,15 @@ def test_palette_is_vocs():
 
 # Processes
 
-
-@pytest.fixture
-def one_thread():
-    """As many as run_script gives a process: sums do not depend on the machine's cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+STAGES = {
+    "knn": (eval_knn, TINY),
+    "linear": (eval_linear, [*TINY, "--epochs", "5"]),
+    "multiscale": (eval_linear, [*SEGMENTATION, *SCENES, "--features", "multiscale"]),
+}
 
 
-def extract(world):
-    """Class tokens, and patch tokens kept and computed anew, with targets and masks."""
+def run_stages(world, directory):
+    """Class tokens, and patch tokens kept and computed anew, with targets and masks; then the scripts."""
     flags = "--limit-train 50 --limit-val 20 --batch-size 16 --workers 2 --seed 0 --backbone vit_tiny".split()
     args = eval_linear.parse_args(flags)
     cli.resolve_model_arguments(args, world, data.resolve_dataset(args, "classification"))
@@ -377,41 +346,43 @@ def extract(world):
     source, batches = tokens_of(1, world), [torch.arange(36, -1, -1)]
     (kept,) = source.batches(batches)
     (computed,) = source.compute(batches)
-    return [*train, *val, *kept, *computed]
+    torch.save([*train, *val, *kept, *computed], f"{directory}/{world.rank} of {world.size}.pth")
+
+    cli.start_processes = lambda device: world
+    with open(f"{directory}/{world.rank} of {world.size}.txt", "w") as file, contextlib.redirect_stdout(file):
+        for name, (module, flags) in STAGES.items():
+            module.main.__wrapped__([*flags, "--batch-size", "16", "--output", f"{directory}/{name}{world.size}.json"])
+        run = ["--batch-size", "20", "--lr", "1e-3", "--output-dir", f"{directory}/run{world.size}"]
+        train_seg.main.__wrapped__([*SEGMENTATION, *SCENES, *run])
 
 
-def extract_on_two_ranks(rank, port, directory):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.save(extract(cli.start_processes("cpu")), f"{directory}/{rank}.pth")
-    torch.distributed.destroy_process_group()
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("stages")
+    for size in (1, 2):
+        in_processes(run_stages, size, str(directory))
+    return directory
 
 
-def test_features_are_the_same_bits_on_two_processes(one_thread, tmp_path):
-    torch.multiprocessing.spawn(extract_on_two_ranks, (free_port(), str(tmp_path)), nprocs=2)
-    expected = extract(CPU)
+def test_features_are_the_same_bits_on_two_processes(stages):
+    expected, *others = (torch.load(stages / f"{name}.pth") for name in ("0 of 1", "0 of 2", "1 of 2"))
     assert [len(part) for part in expected] == [50, 50, 20, 20, 37, 37, 37, 37]
     assert all(part.flatten(1).abs().amax(1).min() > 0 for part in expected if part.dim() > 1)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pth")
+    for found in others:
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert torch.equal(expected[5], expected[7])
     torch.testing.assert_close(expected[4], expected[6])
 
 
-MULTISCALE = "--dataset shapes_seg --features multiscale --image-size 28 --limit-train 40 --limit-val 40".split()
-
-
-@pytest.mark.parametrize(
-    ("module", "flags"),
-    [(eval_knn, TINY), (eval_linear, [*TINY, "--epochs", "5"]), (eval_linear, [*SEGMENTATION, *MULTISCALE])],
-    ids=["knn", "linear", "multiscale"],
-)
-def test_evaluations_are_the_same_on_one_and_two_processes(module, flags, one_thread, tmp_path):
-    flags = [*flags, "--batch-size", "16", "--output"]
-    module.main([*flags, str(tmp_path / "1.json")])
-    done = run_script(f"{module.__name__}.py", *flags, tmp_path / "2.json", nproc=2)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    one, two = (result_of(tmp_path / f"{nproc}.json") for nproc in (1, 2))
+@pytest.mark.parametrize("name", STAGES)
+def test_evaluations_are_the_same_on_one_and_two_processes(name, stages):
+    one, two = (read_json(stages / f"{name}{size}.json") for size in (1, 2))
     assert one == two and one["val_images"] == 40
+
+
+def test_segmentation_trains_on_two_processes(stages):
+    one, two = (read_log(stages / f"run{size}")[-1] for size in (1, 2))
+    assert one.pop("event") == two.pop("event") and two == pytest.approx(one, rel=0.01, abs=1e-6)
+    assert 0 <= two["val_miou"] <= two["val_pixel_acc"] <= 100
+    assert read_json(stages / "run2" / "config.json")["world_size"] == 2
+    assert (stages / "0 of 2.txt").read_text().count("epoch 2/2") == 1 and not (stages / "1 of 2.txt").read_text()
