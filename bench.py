@@ -147,7 +147,7 @@ def table(rows):
     def show(value):
         if isinstance(value, dict):
             return "{:.3g} ({:.3g} to {:.3g})".format(*value.values())
-        return f"{value:.3g}" if isinstance(value, float) else str(value)
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
 
     rows = [list(rows[0]), ["---"] * len(rows[0]), *([show(value) for value in row.values()] for row in rows)]
     print("\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n", flush=True)
@@ -175,8 +175,7 @@ def main(argv=None):
     machine = environment(world) | {"threads": torch.get_num_threads(), "backbone": args.backbone, "amp": args.amp}
     print("# " + ", ".join(f"{name} {value}" for name, value in machine.items()) + "\n")
     print("## Loss, forward and backward\n\nKept for the backward pass: beside the inputs, in tensors of their size.\n")
-    shapes = [(64, 21)] if args.quick else LOSS_SHAPES
-    table(losses := [measure_loss(shape, args, world) for shape in shapes])
+    table(losses := [measure_loss(shape, args, world) for shape in ([(64, 21)] if args.quick else LOSS_SHAPES)])
     print("## Training step\n\nKept: for the backward pass of the paper's batch. MACs: without attention.\n")
     steps = []
     for row in [row._replace(image_size=28, outputs=5, cpu=2) for row in SETTINGS] if args.quick else SETTINGS:
@@ -184,7 +183,8 @@ def main(argv=None):
             steps.append(measure_steps(row, args, world))
         except torch.OutOfMemoryError:
             print(f"{row.setting}: left out, {row.batch_size} images do not fit into this GPU", file=sys.stderr)
-    table([line for step in steps for line in step["methods"]])
+    if steps:
+        table([line for step in steps for line in step["methods"]])
     print("## Loader: crop, flip and resize of images of Tiny-ImageNet's size, decoded before\n")
     picture, count = Image.effect_noise((64, 64), 50).convert("RGB"), 64 if args.quick else 4096
     options = train_cls.parse_args(["--dataset", "tiny_imagenet", "--batch-size", "64", "--image-size", "70"])

@@ -53,9 +53,10 @@ def uniformity_reward(old_probs, targets, kind="eq4"):
 def group_advantages(rewards, probs=None):
     """Eq. (2): A_i = (r_i - mean(r)) / std(r) over the group. rewards (N, G) -> (N, G). Paper silent: the group is the
     whole set of outputs, so its std divides by c. With probs (N, G), they weight both, and 1e-4 is added to the std."""
-    centred = rewards - group_mean(rewards, probs)
-    std = group_mean(centred.square(), probs).sqrt()
-    return centred / (std.clamp(min=1e-6) if probs is None else std + 1e-4)
+    mean = group_mean(rewards, probs)
+    std = group_mean((rewards - mean).square(), probs).sqrt()
+    rounding = 4 * torch.finfo(rewards.dtype).eps * mean.abs()  # equal rewards leave no more than that: A = 0
+    return (rewards - mean) / (std.where(std > rounding, math.inf) if probs is None else std + 1e-4)
 
 
 def group_mean(values, probs=None):
@@ -99,15 +100,15 @@ def grpo_rm_loss(
     q = log_q.exp()
 
     r_acc, r_uni = accuracy_reward(k, G).to(q.dtype), uniformity_reward(q, k, uniformity)
-    penalty = background_penalty * G * (torch.arange(G, device=q.device) == 0)  # (G,): class 0's
+    penalty = background_penalty * G * (torch.arange(G, device=q.device) == 0).to(q.dtype)  # (G,): class 0's
     rewards = accuracy_weight * r_acc + uniformity_weight * r_uni - penalty  # Eq. (6)
     probs = q if weighting == "policy" else None
     advantages = group_advantages(rewards, probs)  # (N, G)
     # A difference of logarithms, never a quotient of probabilities; exp(80) is finite.
     ratio = (log_p - ((q + ratio_floor / G).log() if ratio_floor else log_q)).clamp(max=80).exp()  # rho (N, G)
-    unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
-    surrogate = torch.minimum(unclipped, clipped)
-    loss = -mean(group_mean(surrogate, probs)[:, 0])  # Eq. (1)
+    weighted = advantages * (1 / G if probs is None else probs)  # before the product with rho, which could overflow
+    unclipped, clipped = ratio * weighted, ratio.clamp(1 - clip_eps, 1 + clip_eps) * weighted
+    loss = -mean(torch.minimum(unclipped, clipped).sum(1))  # Eq. (1)
 
     with torch.no_grad():
         log_p = log_p.clamp(min=-1e30)

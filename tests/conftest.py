@@ -42,7 +42,8 @@ def start(script, *arguments, launch=(), stderr=subprocess.PIPE, **environment):
 
 
 def in_processes(function, size, *arguments):
-    """Call function(world, *arguments) on `size` processes of one thread each, which start with torch imported."""
+    """Call function(world, *arguments) on `size` processes of one thread each, which start with torch imported. For the
+    main.__wrapped__ of a script, which leaves errors and the process group alone, they are as torchrun's."""
     torch.multiprocessing.set_forkserver_preload(["torchvision"])
     options = {"nprocs": size, "start_method": "forkserver"}
     torch.multiprocessing.start_processes(one_of_several, (function, size, free_port(), arguments), **options)
@@ -53,7 +54,9 @@ def one_of_several(rank, function, size, port, arguments):
     if size > 1:
         os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{size}")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
-    function(cli.start_processes("cpu"), *arguments)
+    world = cli.start_processes("cpu")
+    cli.start_processes = lambda device: world  # a script joins in
+    function(world, *arguments)
     if size > 1:
         torch.distributed.destroy_process_group()
 

@@ -178,39 +178,36 @@ def relabel(pattern, change, root, mode="L", suffix=".png"):
         write_mask(file.with_suffix(suffix), labels, mode)
 
 
-@pytest.mark.parametrize(
-    ("dataset", "spoil", "message"),
-    [
-        (CLASSES, remove("val"), "val/ is missing"),
-        (("imagenet", CLASSIFICATION, "tmp_path"), remove(), r"put .* ILSVRC2012_img_train\.tar.* there"),
-        (CLASSES, remove("train/class[12]"), "1 class folders"),
-        (CLASSES, put("val/other/0.jpg", b""), "val/other: no such class"),
-        (CLASSES, remove("train/class1/*"), "train/class1 holds no image"),
-        (CLASSES, remove("val/*/*"), "val holds no image"),
-        (CLASSES, put(JPG, b""), r"train/class1/0\.jpg cannot be read"),
-        (CLASSES, put("val/class1/0.jpg", b"no image"), r"val/class1/0\.jpg cannot be read"),
-        (CLASSES, lambda root: write(root / JPG, (root / JPG).read_bytes()[:-99]), r"class1/0\.jpg cannot be read"),
-        (CLASSES, lambda root: Image.new("F", (9, 9)).save(root / "val/class1/x.tiff"), r"x\.tiff .* \(32-bit numbers"),
-        (CLASSES, lambda root: Image.new("I", (9, 9)).save(root / "val/class1/x.tiff"), r"x\.tiff .* \(32-bit numbers"),
-        (MASKS, remove("masks/train/3.png"), r"images/train/3\.jpg has no "),
-        (MASKS, remove("images/val/3.jpg"), r"masks/val/3\.png has no "),
-        (MASKS, remove("images/val", "masks/val"), "images/val holds no image"),
-        (MASKS, partial(relabel, TWO, lambda x: x[1:]), r"train/2\.png is 62 x 39 pixels.* 62 x 40"),
-        (MASKS, partial(relabel, "val/2.png", lambda x: x + 1), r"val/2\.png has label 3; labels are 0 to 2, and 255"),
-        (MASKS, partial(relabel, TWO, lambda x: x, mode="RGB"), r"train/2\.png cannot be read \(PNG RGB "),
-        (MASKS, partial(relabel, TWO, lambda x: x, suffix=".jpg"), r"train/2\.jpg cannot be read \(JPEG L "),
-        (MASKS, put("masks/train/2.png", b"\x89PNG broken"), r"train/2\.png cannot be read"),
-        (MASKS, put("classes.txt", b"sky\n"), r"classes\.txt: 1 classes"),
-        (MASKS, put("classes.txt", b"sky\nroad\nsky\n"), r"classes\.txt: 3 classes \(sky, road, sky"),
-        (MASKS, lambda root: (relabel("*/*.png", np.zeros_like, root), remove("classes.txt")(root)), ": 1 classes"),
-        (TINY, remove("*/wnids.txt"), MISSING),
-        (TINY, remove("*/train/n02/images/*_1.JPEG"), MISSING),
-        (TINY, remove("*/val/val_annotations.txt"), MISSING),
-        (COCO, remove("stuffthingmaps"), r"is missing; unpack .*stuffthingmaps_trainval2017\.zip"),
-        (COCO, lambda root: (root / "stuffthingmaps").rename(root / "stuff_pixelmaps"), "stuff-only pixelmaps there"),
-        (COCO, lambda root: write_mask(root / "stuffthingmaps/train2017/0.png", [[183]]), "label 183; .* stuff-only"),
-    ],
-)
+@pytest.mark.parametrize(("dataset", "spoil", "message"), [
+    (CLASSES, remove("val"), "val/ is missing"),
+    (("imagenet", CLASSIFICATION, "tmp_path"), remove(), r"put .* ILSVRC2012_img_train\.tar.* there"),
+    (CLASSES, remove("train/class[12]"), "1 class folders"),
+    (CLASSES, put("val/other/0.jpg", b""), "val/other: no such class"),
+    (CLASSES, remove("train/class1/*"), "train/class1 holds no image"),
+    (CLASSES, remove("val/*/*"), "val holds no image"),
+    (CLASSES, put(JPG, b""), r"train/class1/0\.jpg cannot be read"),
+    (CLASSES, put("val/class1/0.jpg", b"no image"), r"val/class1/0\.jpg cannot be read"),
+    (CLASSES, lambda root: write(root / JPG, (root / JPG).read_bytes()[:-99]), r"class1/0\.jpg cannot be read"),
+    (CLASSES, lambda root: Image.new("F", (9, 9)).save(root / "val/class1/x.tiff"), r"x\.tiff .* \(32-bit numbers"),
+    (CLASSES, lambda root: Image.new("I", (9, 9)).save(root / "val/class1/x.tiff"), r"x\.tiff .* \(32-bit numbers"),
+    (MASKS, remove("masks/train/3.png"), r"images/train/3\.jpg has no "),
+    (MASKS, remove("images/val/3.jpg"), r"masks/val/3\.png has no "),
+    (MASKS, remove("images/val", "masks/val"), "images/val holds no image"),
+    (MASKS, partial(relabel, TWO, lambda x: x[1:]), r"train/2\.png is 62 x 39 pixels.* 62 x 40"),
+    (MASKS, partial(relabel, "val/2.png", lambda x: x + 1), r"val/2\.png has label 3; labels are 0 to 2, and 255"),
+    (MASKS, partial(relabel, TWO, lambda x: x, mode="RGB"), r"train/2\.png cannot be read \(PNG RGB "),
+    (MASKS, partial(relabel, TWO, lambda x: x, suffix=".jpg"), r"train/2\.jpg cannot be read \(JPEG L "),
+    (MASKS, put("masks/train/2.png", b"\x89PNG broken"), r"train/2\.png cannot be read"),
+    (MASKS, put("classes.txt", b"sky\n"), r"classes\.txt: 1 classes"),
+    (MASKS, put("classes.txt", b"sky\nroad\nsky\n"), r"classes\.txt: 3 classes \(sky, road, sky"),
+    (MASKS, lambda root: (relabel("*/*.png", np.zeros_like, root), remove("classes.txt")(root)), ": 1 classes"),
+    (TINY, remove("*/wnids.txt"), MISSING),
+    (TINY, remove("*/train/n02/images/*_1.JPEG"), MISSING),
+    (TINY, remove("*/val/val_annotations.txt"), MISSING),
+    (COCO, remove("stuffthingmaps"), r"is missing; unpack .*stuffthingmaps_trainval2017\.zip"),
+    (COCO, lambda root: (root / "stuffthingmaps").rename(root / "stuff_pixelmaps"), "stuff-only pixelmaps there"),
+    (COCO, lambda root: write_mask(root / "stuffthingmaps/train2017/0.png", [[183]]), "label 183; .* stuff-only"),
+])  # fmt: skip
 def test_bad_folders_are_named_in_one_line(dataset, spoil, message, request, monkeypatch):
     name, task, fixture = dataset
     root = request.getfixturevalue(fixture)
@@ -456,14 +453,6 @@ def test_image_and_mask_are_flipped_together():
     assert torch.equal((images * std + mean).round().long(), targets[:, None].expand(-1, 3, -1, -1))
     original = {mask.tobytes() for mask in masks}
     assert 0 < sum(target.byte().numpy().tobytes() in original for target in targets) < 20
-
-
-def test_native_masks_keep_their_sizes(mask_folder):
-    (split, _), wanted = splits("folder", mask_folder), [[3, 0], [5]]
-    loader = Loader(split, arguments("folder", SEGMENTATION), CPU, sides=[28, 42], native=True)
-    for indices, (small, large, masks) in zip(wanted, loader.fetch(map(torch.tensor, wanted)), strict=True):
-        assert small.shape == (len(indices), 3, 28, 28) and large.shape == (len(indices), 3, 42, 42)
-        assert all(np.array_equal(mask, split.read(i)[1]) for i, mask in zip(indices, masks, strict=True))
 
 
 def test_limits_keep_all_classes_and_a_fraction_is_the_seeds():

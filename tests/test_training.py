@@ -154,7 +154,7 @@ def test_a_meter_over_two_processes_and_two_readings(trained):
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(trained):
-    assert torch.load(trained / "poisoned" / "checkpoint.pt", weights_only=True)["step"] == 4
+    assert weights(trained / "poisoned", "checkpoint.pt")["step"] == 4
     assert not (trained / "poisoned" / "backbone.pth").exists()
 
 
@@ -162,13 +162,10 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(trained):
 
 
 @pytest.mark.parametrize(("flags", "fresh"), [
-    ([], {1, 4}),
-    (["--amp", "bf16"], {1, 4}),
-    (["--grad-accum", "4"], {1, 4}),
-    (["--old-policy-every", "2"], {1, 3, 5}),
-], ids=["off", "bf16", "accumulation", "every 2 steps"])  # fmt: skip
+    ("--amp off", {1, 4}), ("--amp bf16", {1, 4}), ("--grad-accum 4", {1, 4}), ("--old-policy-every 2", {1, 3, 5}),
+])  # fmt: skip
 def test_the_ratio_is_exactly_one_right_after_a_refresh(flags, fresh, tmp_path):
-    run(tmp_path, "--ratio-floor", "0", *flags)
+    run(tmp_path, "--ratio-floor", "0", *flags.split())
     for line in steps_of(tmp_path):
         one = (line["max_ratio"], line["kl"], line["clip_fraction"]) == (1, 0, 0)
         assert one == (line["step"] in fresh)
@@ -177,19 +174,18 @@ def test_the_ratio_is_exactly_one_right_after_a_refresh(flags, fresh, tmp_path):
 
 def test_the_old_policy_changes_exactly_at_refreshes(tmp_path, monkeypatch):
     """And then it equals the policy."""
-    seen = []
+    equal, sums = [], []
 
     def spy(policy, old_policy, *rest):
-        same = [torch.equal(a, b) for a, b in zip(policy.parameters(), old_policy.parameters(), strict=True)]
-        assert not any(parameter.requires_grad or parameter.grad is not None for parameter in old_policy.parameters())
-        seen.append((all(same), sum(parameter.double().sum().item() for parameter in old_policy.parameters())))
+        old = list(old_policy.parameters())
+        assert not any(parameter.requires_grad or parameter.grad is not None for parameter in old)
+        equal.append(all(torch.equal(a, b) for a, b in zip(policy.parameters(), old, strict=True)))
+        sums.append(sum(parameter.double().sum().item() for parameter in old))
         training_step(policy, old_policy, *rest)
 
     monkeypatch.setattr(grpo_rm, "training_step", spy)
     run(tmp_path)
-    assert [same for same, _ in seen] == [True, False, False] * 2
-    sums = [total for _, total in seen]
-    assert sums[0] == sums[1] == sums[2] != sums[3] == sums[4] == sums[5]
+    assert equal == [True, False, False] * 2 and sums[0] == sums[1] == sums[2] != sums[3] == sums[4] == sums[5]
 
 
 def test_compiled_backbones_and_loss(trained, tmp_path, monkeypatch):
@@ -284,16 +280,16 @@ def test_another_optimizer_is_a_change_of_one_place(tmp_path, monkeypatch):
     """AdamW with a rate for every block."""
 
     def layerwise(policy, args):
-        layers = policy.tokens.backbone.vit.encoder.layers
-        groups = [{"params": block.parameters(), "factor": 0.5**i} for i, block in enumerate(reversed(layers))]
+        blocks = enumerate(reversed(policy.tokens.backbone.vit.encoder.layers))
+        groups = [{"params": block.parameters(), "factor": 0.5**i} for i, block in blocks]
         groups += [{"params": policy.head.parameters(), "factor": 3.0}]
         return torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.05)
 
     monkeypatch.setattr(grpo_rm, "make_optimizer", layerwise)
     run(tmp_path, "--max-steps", "3")
-    groups = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["optimizer"]["param_groups"]
-    lr = steps_of(tmp_path)[-1]["lr"]
-    assert [group["lr"] / lr for group in groups] == pytest.approx([1, 0.5, 0.25, 0.125, 3])
+    groups = weights(tmp_path, "checkpoint.pt")["optimizer"]["param_groups"]
+    rates = [group["lr"] / steps_of(tmp_path)[-1]["lr"] for group in groups]
+    assert rates == pytest.approx([1, 0.5, 0.25, 0.125, 3])
     torch.manual_seed(0)
     start, end = load_backbone("vit_tiny").state_dict(), weights(tmp_path)
     changed = {name for name in start if not torch.equal(start[name], end[name])}
@@ -332,7 +328,7 @@ def test_numbers_that_are_not_finite_end_a_run(kind, tmp_path, capsys, monkeypat
     monkeypatch.setattr(grpo_rm, "cross_entropy_loss", not_finite_at(5, kind))
     flags = [*TRAIN, "--method", "finetune", "--log-every", "2", "--checkpoint-minutes", "0", "--output-dir", tmp_path]
     assert "the loss or the gradient is not finite at step 5" in stderr_of(capsys, train_cls.main, *flags, status=1)
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    state = weights(tmp_path, "checkpoint.pt")
     assert state["step"] == 4 and all(value.isfinite().all() for value in state["policy"].values())
     assert read_log(tmp_path)[-1]["step"] == 4 and not (tmp_path / "backbone.pth").exists()
 
@@ -359,14 +355,11 @@ def test_a_policy_at_the_level_of_chance_is_warned_of_once(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("flags", "warned"), [
-    ([], 0),
-    (["--batch-size", "100"], 1),
-    (["--batch-size", "100", "--old-policy-every", "5"], 0),
-    (["--batch-size", "100", "--method", "finetune"], 0),
-    (["--old-policy-every", "1"], 1),
+    ("", 0), ("--batch-size 100", 1), ("--batch-size 100 --old-policy-every 5", 0), ("--old-policy-every 1", 1),
+    ("--batch-size 100 --method finetune", 0),
 ])  # fmt: skip
 def test_a_refresh_before_every_step_is_warned_of(flags, warned, tmp_path, capsys):
-    run(tmp_path, "--epochs", "1", *flags)
+    run(tmp_path, "--epochs", "1", *flags.split())
     assert capsys.readouterr().err.count("the old policy is refreshed before every step") == warned
 
 
