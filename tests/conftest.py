@@ -1,5 +1,6 @@
 """Small worlds for the tests: images on disk, scripts as a user starts them, several processes."""
 
+import itertools
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 import cli
+import grpo_rm
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = cli.World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
@@ -32,6 +34,21 @@ def plain_environment(monkeypatch):
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def before_steps(monkeypatch):
+    """before_steps(look) has look(number, policy, old_policy, optimizer) called before every training step."""
+    original, numbers = grpo_rm.training_step, itertools.count(1)
+
+    def install(look):
+        def spy(policy, old_policy, extract, loss_function, optimizer, *rest):
+            look(next(numbers), policy, old_policy, optimizer)
+            original(policy, old_policy, extract, loss_function, optimizer, *rest)
+
+        monkeypatch.setattr(grpo_rm, "training_step", spy)
+
+    return install
 
 
 def start(script, *arguments, launch=(), stderr=subprocess.PIPE, **environment):

@@ -160,7 +160,7 @@ def test_validation_images_never_train_the_layer(fit, tmp_path, monkeypatch):
         assert read_json(tmp_path / "r.json")["top1"] == pytest.approx(100 * share, abs=1e-4) and len(targets) == 9
 
 
-# Scores of segmentation
+# Segmentation
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -189,9 +189,6 @@ def test_scores_equal_counting_pixel_by_pixel(seed):
 def test_scores_without_any_pixel_are_zero():
     scores = segmentation_scores(torch.zeros(3, 3, dtype=torch.int64))
     assert scores == {"pixel_acc": 0.0, "iou": 0.0, "miou": 0.0, "per_class_iou": [None, None, None]}
-
-
-# Linear layer on patch tokens
 
 
 def tokens_of(layers=1, world=CPU, count=37):
@@ -251,17 +248,15 @@ def test_images_are_scored_at_the_size_of_their_masks(features, mask_folder, tmp
     """The result against predictions made here, image by image, scale by scale, each with its mirror image."""
     seen = {}
 
-    def spy(source, segmenter, split, args, *rest):
+    def spy(source, segmenter, split, args, *rest, original=eval_linear.confusion_of):
         seen.update(source=source, segmenter=segmenter, split=split, args=args)
-        return confusion_of(source, segmenter, split, args, *rest)
+        return original(source, segmenter, split, args, *rest)
 
-    confusion_of = eval_linear.confusion_of
     monkeypatch.setattr(eval_linear, "confusion_of", spy)
     flags = [*SEGMENTATION, "--dataset", "folder", "--data-root", str(mask_folder), "--image-size", "56"]
     flags += ["--features", features, "--output", str(tmp_path / "r.json")]
     eval_linear.main([*flags, "--save-images", "2"])
     result, split, confusion, found = read_json(tmp_path / "r.json"), seen["split"], 0, []
-
     sides = [56] if features == "linear" else [56, 70, 98]  # 56 * 1.32 and 56 * 1.73 in whole patches
     loader = Loader(split, seen["args"], CPU, sides=sides, native=True)
     ((*scaled, masks),) = loader.fetch([torch.arange(4)])
@@ -283,7 +278,6 @@ def test_images_are_scored_at_the_size_of_their_masks(features, mask_folder, tmp
     assert all(result[name] == pytest.approx(100 * scores[name], abs=1e-4) for name in ("pixel_acc", "iou", "miou"))
     assert list(result["per_class_iou"]) == ["sky", "road", "car"]
     assert (result["method"], result["features"]) == ("frozen", features)
-
     saved = tmp_path / "r_images"
     names = [f"{i:06d}_{kind}.png" for i in (0, 3) for kind in ("image", "prediction", "truth")]
     assert sorted(path.name for path in saved.iterdir()) == names
@@ -323,7 +317,6 @@ def run_stages(world, directory):
     (kept,) = source.batches(batches)
     (computed,) = source.compute(batches)
     torch.save([*train, *val, *kept, *computed], f"{directory}/{world.rank} of {world.size}.pth")
-
     with open(f"{directory}/{world.rank} of {world.size}.txt", "w") as file, contextlib.redirect_stdout(file):
         for name, (module, flags) in STAGES.items():
             module.main.__wrapped__([*flags, "--batch-size", "16", "--output", f"{directory}/{name}{world.size}.json"])

@@ -12,7 +12,6 @@ import torch
 from conftest import TINY, TORCHRUN, TWO, free_port, in_processes, start, stderr_of, write_image
 from soak_resume import assert_same_runs, children, read_log, soak
 
-import grpo_rm
 import run
 import train_cls
 import train_seg
@@ -27,18 +26,6 @@ LONG = [*RUN, "--epochs", "12", "--output-dir"]  # of two processes that are sto
 def step_of(directory):
     """The step of the checkpoint."""
     return torch.load(directory / "checkpoint.pt", weights_only=True)["step"]
-
-
-def at_step(monkeypatch, step, action):
-    """Let `action` happen while the `step`-th training step is computed."""
-    original, count = grpo_rm.training_step, iter(range(1, 10**9))
-
-    def spy(*arguments):
-        if next(count) == step:
-            action()
-        return original(*arguments)
-
-    monkeypatch.setattr(grpo_rm, "training_step", spy)
 
 
 @pytest.fixture(scope="module")
@@ -171,12 +158,10 @@ def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("number", "step", "saved"), [
     (signal.SIGTERM, 7, 8), (signal.SIGUSR1, 10, 10), (signal.SIGINT, 1, 2), (signal.SIGTERM, 20, 20),
 ], ids=["SIGTERM in an epoch", "SIGUSR1 at its last step", "SIGINT at the first", "SIGTERM at the end"])  # fmt: skip
-def test_a_run_that_a_signal_stops_goes_on_exactly(number, step, saved, whole, tmp_path, capsys, monkeypatch):
+def test_a_run_that_a_signal_stops_goes_on_exactly(number, step, saved, whole, tmp_path, capsys, before_steps):
     """It is saved at the next line of the log."""
-    with monkeypatch.context() as patch:
-        at_step(patch, step, lambda: os.kill(os.getpid(), number))
-        flags = [*RUN, "--output-dir", tmp_path]
-        message = stderr_of(capsys, train_cls.main, *flags, status=128 + number)
+    before_steps(lambda at, *_: os.kill(os.getpid(), number) if at == step else None)
+    message = stderr_of(capsys, train_cls.main, *RUN, "--output-dir", tmp_path, status=128 + number)
     assert f"{number.name}: saved at step {saved}" in message and step_of(tmp_path) == saved
     assert not (tmp_path / "backbone.pth").exists()
     train_cls.main([*RUN, "--output-dir", str(tmp_path), "--resume"])
@@ -192,7 +177,6 @@ def wait_for_log(directory, process, lines=3, seconds=120):
 
 
 def test_soak(tmp_path):
-    """The short form of soak_resume.py."""
     soak(kills=1, nproc=1, seed=1, root=tmp_path)
 
 
@@ -210,13 +194,14 @@ def test_processes_that_are_stopped_and_killed(tmp_path, capsys):
         wait_for_log(stopped, process, lines + 3)
         ranks = children(process.pid)
         if number == signal.SIGUSR1:
-            for rank in ranks:
+            for rank in ranks:  # so that the run does not end meanwhile
                 os.kill(rank, signal.SIGSTOP)
-            for extra in ([], ["--resume"]):
-                error = stderr_of(capsys, train_cls.main, *LONG, stopped, *extra)
-                assert f"--output-dir {stopped}: another process trains there" in error
-            for rank in ranks:
-                os.kill(rank, signal.SIGCONT)
+            try:
+                errors = [stderr_of(capsys, train_cls.main, *LONG, stopped, *extra) for extra in ([], ["--resume"])]
+            finally:
+                for rank in ranks:
+                    os.kill(rank, signal.SIGCONT)
+            assert all(f"--output-dir {stopped}: another process trains there" in error for error in errors), errors
         os.kill(process.pid if number == signal.SIGTERM else ranks[-1], number)
         errors = process.communicate(timeout=120)[1]
         (step,) = re.findall(rf"{number.name}: saved at step (\d+)", errors)

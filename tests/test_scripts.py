@@ -73,9 +73,6 @@ def test_epoch_lines_fit_100_columns(method, tmp_path, capsys):
     assert line.startswith("epoch 100/100  loss -0.1235") and line.endswith("miou 70.4") and len(line) <= 100, line
 
 
-# Bad input
-
-
 @pytest.mark.parametrize(("module", "flags", "message"), [
     *((train_cls, flags, message) for flags, message in (
         ("--dataset mnist", "--dataset mnist: unknown; choose one of shapes, "),
@@ -116,8 +113,9 @@ def test_bad_arguments_are_one_line(module, flags, message, tmp_path, capsys, mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("text")
-    output = ["--output-dir", tmp_path / "run"] if module in (train_cls, train_seg) else ["--output", tmp_path / "r.json"]
-    error = stderr_of(capsys, module.main, *TINY, *output, *flags.format(tmp=tmp_path).split())
+    output = "--output-dir" if module in (train_cls, train_seg) else "--output"
+    flags = flags.format(tmp=tmp_path).split()
+    error = stderr_of(capsys, module.main, *TINY, output, tmp_path / "result", *flags)
     assert message.format(tmp=tmp_path) in error
     assert {path.name for path in tmp_path.iterdir()} == {"other.pth", "text.pth"}
 
@@ -131,12 +129,11 @@ def test_an_unreadable_image_ends_every_stage(image_folder, tmp_path, capsys):
     assert not (tmp_path / "new" / "result").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--lr", "nan"], ["--dataset", "folder", "--data-root", "{tmp}"]], ids=str)
-def test_what_all_ranks_find_is_said_once_and_without_a_traceback(arguments, tmp_path):
+@pytest.mark.parametrize("flags", ["--lr nan", "--dataset folder --data-root {tmp}"])
+def test_what_all_ranks_find_is_said_once_and_without_a_traceback(flags, tmp_path):
     write_image(tmp_path / "train" / "only" / "0.png", 0)
     (tmp_path / "val").mkdir()
-    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
-    process = start("train_cls.py", *SHAPES, "--backbone", "vit_tiny", *arguments, launch=TWO)
+    process = start("train_cls.py", *SHAPES, *flags.format(tmp=tmp_path).split(), launch=TWO)
     error = process.communicate(timeout=300)[1]
     assert process.returncode != 0 and error.count("train_cls.py: error: ") == 1, error
     assert not re.search(rf'\[rank 1\] error|File "{re.escape(str(ROOT))}/\w+\.py', error), error
@@ -149,9 +146,6 @@ def test_too_little_gpu_memory_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_cls, "train", train)
     error = stderr_of(capsys, train_cls.main, *SHAPES, "--output-dir", tmp_path, status=1)
     assert "Tried to allocate 2.00 GiB. " in error and "--grad-accum 2" in error and "More about it" not in error
-
-
-# From end to end
 
 
 def test_folder_and_tiny_imagenet(image_folder, tiny_imagenet, tmp_path):
@@ -221,16 +215,15 @@ def test_the_chain_of_stages_and_its_continuation(tmp_path):
     environment = {"SEEDS": "0", "EPOCHS": "1", "MODEL_ARGS": " ".join(TINY), "TRAIN_ARGS": "--batch-size 50"}
     output = run_all(tmp_path, "shapes", METHODS="grpo_rm", NPROC="2", **environment)
     (row,) = [line for line in output.splitlines() if "| GRPO-RM |" in line]
-    runs = tmp_path / "runs"
+    runs, run = tmp_path / "runs", tmp_path / "runs" / "shapes" / "grpo_rm" / "seed0"
     assert (runs / "tables" / "table3.csv").exists() and (runs / "figures" / "shapes_curves.png").exists()
-    assert read_json(runs / "shapes/grpo_rm/seed0/config.json")["world_size"] == 2 and output.count("epoch 1/1") == 1
-    knn = runs / "shapes" / "grpo_rm" / "seed0" / "eval_knn.json"
-    before = knn.read_bytes()
-    knn.unlink()
+    assert read_json(run / "config.json")["world_size"] == 2 and output.count("epoch 1/1") == 1
+    before = (run / "eval_knn.json").read_bytes()
+    (run / "eval_knn.json").unlink()
     (tmp_path / "link.sh").symlink_to(ROOT / "run_all.sh")
     again = run_all(tmp_path, "shapes", script=tmp_path / "link.sh", METHODS="frozen grpo_rm", **environment)
     assert again.count("exists: skipped") == 2 and again.count("eval_knn.py --dataset") == 2
-    assert knn.read_bytes() == before and row in again and "| frozen |" in again
+    assert (run / "eval_knn.json").read_bytes() == before and row in again and "| frozen |" in again
 
 
 def planned(directory, *datasets, **environment):
@@ -255,9 +248,8 @@ def test_dry_run_of_the_whole_protocol(tmp_path):
     assert last[1:] == [str(ROOT / "report.py"), *"runs --csv runs/tables --figures runs/figures".split()]
     assert all(command[:3] == ["torchrun", "--standalone", "--nproc_per_node=4"] for command in stages)
     assert {value(command, "--data-root") for command in stages} == {"my data"}
-    flags = {"frozen": "", "finetune": "", "finetune_fraction0.1": "--train-fraction 0.1", "grpo_rm": ""}
-    flags |= {"grpo_rm_fraction0.1": "--train-fraction 0.1"}
-    flags |= {"grpo_rm_none": "--uniformity none", "grpo_rm_eq5": "--uniformity eq5"}
+    flags = dict(frozen="", finetune="", grpo_rm="", grpo_rm_none="--uniformity none", grpo_rm_eq5="--uniformity eq5")
+    flags |= dict.fromkeys(("finetune_fraction0.1", "grpo_rm_fraction0.1"), "--train-fraction 0.1")
     scripts = {"tiny_imagenet": ["train_cls.py", "eval_linear.py", "eval_knn.py"]}
     scripts["voc2012"] = ["train_seg.py", "eval_linear.py", "eval_linear.py"]
     runs = list(itertools.product(scripts, flags, "01"))
