@@ -8,8 +8,8 @@ from conftest import stderr_of
 import bench
 
 
-def test_bench_writes_what_it_measured(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)  # bench.py sets it
+@torch._dynamo.config.patch(suppress_errors=False)  # bench.py sets it
+def test_bench_writes_what_it_measured(tmp_path, capsys):
     output = tmp_path / "sub" / "bench.json"
     bench.main(["--device", "cpu", "--quick", "--repeats", "2", "--threads", "1", "--output", str(output)])
     result = json.loads(output.read_text())
