@@ -119,8 +119,8 @@ def measure_steps(row, args, world):
         options.compile, options.lr, options.background_penalty = args.compile, 1e-6, 0.5 if segmentation else 0.0
         policy, old_policy = copy.deepcopy(fresh), copy.deepcopy(fresh).requires_grad_(args.compile)  # as in train
         for network in (policy, old_policy) if args.compile else ():
-            network.tokens.compile(dynamic=False)
-        parts = policy, old_policy if method == "grpo_rm" else None, policy.tokens, make_loss(options)
+            network.encoder.compile(dynamic=False)
+        parts = policy, old_policy if method == "grpo_rm" else None, policy.encoder, make_loss(options)
         optimizer = make_optimizer(policy, options)
         steps[method] = functools.partial(training_step, *parts, optimizer, meter=Meter(), args=options)
     seconds = {method: functools.partial(step, images, targets) for method, step in steps.items()}

@@ -38,10 +38,8 @@ def stage(main):
     def wrapped(argv=None):
         try:
             main(argv)
-        except InputError as error:
-            end(2, f"error: {error}")
-        except NotFinite as error:
-            end(1, f"error: {error}")
+        except (InputError, NotFinite) as error:
+            end(2 if isinstance(error, InputError) else 1, f"error: {error}")
         except torch.OutOfMemoryError as error:
             end(1, f"error: {first_line(error)} Train with --grad-accum 2, evaluate with a smaller --batch-size")
         except KeyboardInterrupt:
@@ -53,7 +51,7 @@ def stage(main):
 
 
 def end(status, message):
-    """Print the message on stderr and exit. What all ranks found is said once: the others wait; torchrun ends them."""
+    """Print on stderr and exit. Other ranks wait, so that rank 0's message comes first; torchrun then ends them."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(5)
@@ -95,7 +93,7 @@ def start_processes(device="auto"):
 @contextlib.contextmanager
 def in_turn(world, what):
     """Rank 0, then one rank of every other node, then all others: what is missing is downloaded once, whether the nodes
-    share a file system or not. They wait in the store, which no collective's time limit touches. `what`: used once."""
+    share a file system or not. They wait in the store, which no collective's time limit touches. `what`: its key."""
     node = os.environ.get("GROUP_RANK", "0")
     if world.rank != 0:
         world.store.wait([f"{what} {'0' if world.local_rank == 0 else node}"], timedelta(days=7))
@@ -131,14 +129,13 @@ def number(low, high=math.inf, *, above=False, kind=float):
     """An argparse type: a finite number of `kind` in [low, high], or in (low, high] with `above`."""
 
     def parse(text):
-        with contextlib.suppress(ValueError):
-            value = kind(text)
-            if math.isfinite(value) and low <= value <= high and not (above and value == low):
-                return value
-        kinds, bound = "a whole number" if kind is int else "a number", "above" if above else "at least"
-        most = f" and at most {high:g}" if high < math.inf else ""
-        raise argparse.ArgumentTypeError(f"{text!r} must be {kinds} {bound} {low:g}{most}")
+        value = kind(text)
+        if not (math.isfinite(value) and low <= value <= high) or (above and value == low):
+            most = f" and at most {high:g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} must be {'above' if above else 'at least'} {low:g}{most}")
+        return value
 
+    parse.__name__ = "whole number" if kind is int else "number"  # argparse: invalid number value: 'x'
     return parse
 
 

@@ -240,7 +240,8 @@ def class_folders(root):
                 raise InputError(f"{root / part / name}: no such class in {root / 'train'}; rename or remove it")
             if part == "train" and not files:
                 raise InputError(f"{root / part / name} holds no image; add some or remove it")
-            samples[part] += [(file, names["train"].index(name)) for file in files]
+            label = names["train"].index(name)
+            samples[part] += [(file, label) for file in files]
     if not samples["val"]:
         raise InputError(f"{root / 'val'} holds no image in class folders; add some")
     return [file_split(names["train"], samples[part]) for part in samples]
@@ -401,17 +402,12 @@ def mask_folders(root):
 # ----------------------------------------------------------------------------------------------------------------------
 # Transforms
 
-ORDER, AUGMENT, CROP, HEAD = range(4)  # what a stream of random numbers is for
-
-
-def stream_seed(purpose, *key):
-    """The seed of the stream of random numbers that belongs to `purpose` and `key`, whatever was drawn elsewhere."""
-    return int(np.random.SeedSequence((purpose, *key)).generate_state(1)[0])
+ORDER, AUGMENT, CROP, LINEAR = range(4)  # what a stream of random numbers is for
 
 
 def random_generator(purpose, *key):
-    """A generator at the start of that stream."""
-    return torch.Generator().manual_seed(stream_seed(purpose, *key))
+    """A generator whose numbers belong to `purpose` and `key`, whatever was drawn elsewhere."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((purpose, *key)).generate_state(1)[0]))
 
 
 def square(image, side, margin=1.0):
@@ -568,7 +564,7 @@ class Loader:
         if not self.resized_crop:
             return torch.tensor(square(image, self.sides[0], self.margin)), torch.tensor(target)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream_seed(CROP, *key, i))
+            torch.manual_seed(random_generator(CROP, *key, i).initial_seed())
             crop = v2.RandomResizedCrop(self.sides[0], interpolation=InterpolationMode.BICUBIC)
             return torch.tensor(np.asarray(crop(image))), torch.tensor(target)
 

@@ -63,23 +63,23 @@ class VitTiny(nn.Module):
         return self.forward_features(images)["x_norm_clstoken"]
 
 
-def turn(radii, start=-90):
+def corners(radii, start=-90):
     """Corners at the given distances from the origin, at equal angles, from `start` degrees on."""
     angles = np.radians(start + 360 * np.arange(len(radii)) / len(radii))
     return list(zip(radii * np.cos(angles), radii * np.sin(angles), strict=True))
 
 
-DISC = turn([1] * 32)
+DISC = corners([1] * 32)
 SHAPES = {  # outline on [-1, 1]^2, and the outline of what is cut out of it
     "circle": (DISC, None),
     "ring": (DISC, [(0.55 * x, 0.55 * y) for x, y in DISC]),
     "crescent": (DISC, [(0.9 * x + 0.5, 0.9 * y) for x, y in DISC]),
     "half_disc": ([(x, y + 0.5) for x, y in DISC if y < 0.01], None),
-    "triangle": (turn([1.1] * 3), None),
+    "triangle": (corners([1.1] * 3), None),
     "square": ([(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)], None),
     "bar": ([(-1, -0.3), (1, -0.3), (1, 0.3), (-1, 0.3)], None),
-    "star": (turn([1.1, 0.45] * 5), None),
-    "plus": (turn([1.05, 0.42, 1.05] * 4, start=-75), None),
+    "star": (corners([1.1, 0.45] * 5), None),
+    "plus": (corners([1.05, 0.42, 1.05] * 4, start=-75), None),
     "arrow": ([(-1, -0.25), (0, -0.25), (0, -0.8), (1, 0), (0, 0.8), (0, 0.25), (-1, 0.25)], None),
 }
 
@@ -101,8 +101,8 @@ def draw(silhouettes, rng, side):
     """An image (side, side) of bright silhouettes, a list of (image, hue or None), on a darker, shaded background, with
     noise and stray lines in front. The silhouettes have twice the side, for smooth edges."""
     size = 2 * side
-    corners = rng.integers(0, 140, (2, 2, 3), dtype=np.uint8)
-    picture = Image.fromarray(corners).resize((size, size), Image.Resampling.BILINEAR)
+    shades = rng.integers(0, 140, (2, 2, 3), dtype=np.uint8)
+    picture = Image.fromarray(shades).resize((size, size), Image.Resampling.BILINEAR)
     for mask, hue in silhouettes:
         tint = colorsys.hsv_to_rgb(hue, rng.uniform(0.4, 0.9), rng.uniform(0.7, 1)) if hue is not None else None
         picture.paste(tuple(int(255 * x) for x in tint) if tint else tuple(rng.integers(120, 256, 3)), mask=mask)
@@ -114,7 +114,7 @@ def draw(silhouettes, rng, side):
 
 
 def draw_shape(i, seed, side=42):
-    """Sample i of the classification set: a picture (side, side, 3) of one shape of any place, size, turn and colours,
+    """Sample i of the classification set: a picture (side, side, 3) of one shape of any place, size, angle and colours,
     and its class. A function of i and seed alone; the classes come in turn."""
     rng, size, label = np.random.default_rng((seed, i)), 2 * side, i % len(SHAPES)
     scale = size * rng.uniform(0.25, 0.42)

@@ -18,6 +18,8 @@ Where this departs from the paper: for segmentation it names the rate of post-tr
 a new layer in 50 epochs; --lr 1e-5 --lr-end 1e-7 (at a batch of 256) gives it.
 """
 
+import shutil
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -27,8 +29,8 @@ from torch import nn
 
 import cli
 from backbone import prepare_backbone
-from data import HEAD, PROTOCOLS, VOID, Loader, load_data, random_generator, resolve_dataset
-from grpo_rm import Tokens, learning_rate
+from data import LINEAR, PROTOCOLS, VOID, Loader, load_data, random_generator, resolve_dataset
+from grpo_rm import Encoder, learning_rate
 from run import resolve_evaluation, write_result
 
 SCALES = [1.0, 1.32, 1.73]  # of "Multi Scale": the default of the segmentation notebook in DINOv2's repository
@@ -60,13 +62,13 @@ def class_tokens(args, world):
     the number of ranks."""
     splits = load_data(args, world)
     backbone, found = prepare_backbone(args, world), []
-    extract = Tokens(backbone, "x_norm_clstoken", args.amp)
+    encoder = Encoder(backbone, "x_norm_clstoken", args.amp)
     for split in splits:
         features = torch.zeros(len(split), backbone.embed_dim, device=world.device)
         targets = torch.zeros(len(split), dtype=torch.int64, device=world.device)
         batches = Loader(split, args, world).in_order(args.batch_size)
         for indices, images, labels in cli.progress(batches, "features", world):
-            features[indices], targets[indices] = extract(images).float(), labels
+            features[indices], targets[indices] = encoder(images).float(), labels
         for part in (features, targets) if dist.is_initialized() else ():
             dist.all_reduce(part)
         found.append((features, targets))
@@ -76,7 +78,7 @@ def class_tokens(args, world):
 def fit_softmax_regression(features, targets, num_classes, *, epochs, batch_size, lr, lr_end, seed):
     """One linear layer trained with cross-entropy by Adam on features (n, D) and targets (n,), on their device. Batches
     and first weights are a function of `seed`; the rate falls from lr to lr_end on a cosine."""
-    generator = random_generator(HEAD, seed)
+    generator = random_generator(LINEAR, seed)
     layer = nn.Linear(features.shape[1], num_classes)
     nn.init.normal_(layer.weight, std=0.01, generator=generator)
     nn.init.zeros_(layer.bias)
@@ -145,7 +147,7 @@ class LinearSegmenter(nn.Module):
     def __init__(self, embed_dim, num_classes, seed):
         super().__init__()
         self.norm, self.linear = nn.BatchNorm2d(embed_dim), nn.Conv2d(embed_dim, num_classes, 1)
-        nn.init.normal_(self.linear.weight, std=0.01, generator=random_generator(HEAD, seed))
+        nn.init.normal_(self.linear.weight, std=0.01, generator=random_generator(LINEAR, seed))
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, features):
@@ -196,7 +198,7 @@ def fit_segmenter(source, num_classes, *, epochs, batch_size, lr, lr_end, seed):
     """A LinearSegmenter trained with cross-entropy by Adam on the PatchTokens `source`, its logits upsampled to the
     masks' maps. Batches and first weights are a function of `seed`; the rate falls from lr to lr_end on a cosine. Every
     rank does the same; rank 0's result is given to all."""
-    world, generator, count = source.loader.world, random_generator(HEAD, seed), len(source.loader.split)
+    world, generator, count = source.loader.world, random_generator(LINEAR, seed), len(source.loader.split)
     segmenter = LinearSegmenter(source.layers * source.backbone.embed_dim, num_classes, seed).to(world.device)
     optimizer = torch.optim.Adam(segmenter.parameters(), lr=lr, weight_decay=0.0)
     steps_per_epoch = -(-count // batch_size)
@@ -224,20 +226,15 @@ def upsampled_cross_entropy(logits, masks):
 
 
 def predict(logits, size):
-    """The most probable class (H, W) of each pixel: logits, a list of (C, h, w) of one image, upsampled to `size`; of
-    several, their softmax is averaged."""
-    maps = [F.interpolate(x[None], size=tuple(size), mode="bilinear")[0] for x in logits]  # (C, H, W)
-    return (maps[0] if len(maps) == 1 else sum(x.softmax(0) for x in maps)).argmax(0)
+    """The most probable class (H, W) of each pixel: the softmax of one image's logits, a list of (C, h, w), upsampled
+    to `size` and averaged."""
+    return sum(F.interpolate(x[None], size=tuple(size), mode="bilinear")[0].softmax(0) for x in logits).argmax(0)
 
 
 @torch.no_grad()
 def confusion_of(source, segmenter, split, args, world, directory):
     """The confusion matrix (C, C) int64 of a split at the size of its masks, whose chunks are dealt to the ranks; saves
     args.save_images images at even distances in `directory`."""
-    for file in directory.glob("*.png") if world.rank == 0 else ():  # of an earlier evaluation
-        file.unlink()
-    if dist.is_initialized():
-        dist.barrier()
     to_save = set(torch.linspace(0, len(split) - 1, args.save_images).round().int().tolist())
     confusion = torch.zeros(len(split.classes), len(split.classes), dtype=torch.int64, device=world.device)
     patch, scales = source.backbone.patch_size, SCALES if args.features == "multiscale" else [1.0]
@@ -282,9 +279,12 @@ def evaluate_segmentation(args, world, path):
     if not hasattr(backbone, "get_intermediate_layers"):
         raise cli.InputError(f"--backbone {args.backbone} has no get_intermediate_layers, which segmentation needs")
     layers, classes = 4 if args.features == "multiscale" else 1, train_split.classes
+    images = path.with_name(f"{path.stem}_images")
+    if world.rank == 0:
+        shutil.rmtree(images, ignore_errors=True)  # of an earlier evaluation
     source = PatchTokens(backbone, Loader(train_split, args, world), layers, args.amp)
     segmenter = fit_segmenter(source, len(classes), **recipe(args))
-    confusion = confusion_of(source, segmenter, val_split, args, world, path.with_name(f"{path.stem}_images"))
+    confusion = confusion_of(source, segmenter, val_split, args, world, images)
     if world.rank != 0:
         return
     scores = segmentation_scores(confusion)

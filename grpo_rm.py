@@ -76,9 +76,11 @@ def grpo_rm_loss(
     targets: (N,) or (B, H, W); those equal to ignore_index take no part (void in masks; for 256 classes pass another).
     background_penalty: share of c taken from the reward of class 0 (the paper's for segmentation: 0.5).
     weighting: "uniform", 1/c as in Eq. (1), or "policy", q_i: its expectation over outputs sampled from the old policy.
-    ratio_floor: F in rho_i = p_i / (q_i + F/c) (the paper's: 0). A class below F/c is clipped: no longer pushed down.
+    ratio_floor: F in rho_i = p_i / (q_i + F/c) <= c/F (the paper's: 0). A wrong class with q_i < (1 - eps)/eps F/c is
+    clipped from the refresh on: no longer pushed down.
     Returns the scalar loss and, detached, loss, accuracy, clip_fraction (of outputs whose clipped branch is active),
-    mean_ratio, max_ratio, kl (KL(q || p)) and entropy (of p), the last two in nats. Raises ValueError.
+    mean_ratio, max_ratio, kl (KL(q || p)) and entropy (of p), the last two in nats. Raises ValueError for an unknown
+    option, and for shapes that do not fit.
     """
     fits = logits.shape == old_logits.shape and targets.shape == logits.shape[:1] + logits.shape[2:]
     if not fits or logits.dim() not in (2, 4) or logits.shape[1] < 2:
@@ -134,7 +136,7 @@ def cross_entropy_loss(logits, targets, *, ignore_index=255):
 
 
 def make_loss(args):
-    """(logits, old_logits, targets) -> loss, statistics: the objective of args.method, compiled with args.compile."""
+    """(logits, old_logits, targets) -> loss, statistics: that of args.method; GRPO-RM's is compiled with --compile."""
     if args.method == "finetune":
         return lambda logits, old_logits, targets: cross_entropy_loss(logits, targets, ignore_index=IGNORE)
     names = ("clip_eps", "uniformity", "accuracy_weight", "uniformity_weight", "background_penalty", "ratio_floor")
@@ -154,7 +156,6 @@ class ClassificationHead(nn.Sequential):
 
     def __init__(self, embed_dim, num_outputs, hidden_dim=256):
         super().__init__(nn.Linear(embed_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, num_outputs))
-
         self.logits_per_image = num_outputs
 
     def forward(self, tokens):
@@ -179,7 +180,7 @@ class SegmentationHead(ClassificationHead):
         return F.conv2d(x.relu(), self[2].weight[:, :, None, None], self[2].bias)  # (B, G, M, M)
 
 
-class Tokens(nn.Module):
+class Encoder(nn.Module):
     """images (B, 3, H, W) -> the backbone's tokens that the head classifies: what DDP wraps and --compile compiles."""
 
     def __init__(self, backbone, token, amp):
@@ -196,10 +197,10 @@ class Policy(nn.Module):
 
     def __init__(self, backbone, head, amp="off"):
         super().__init__()
-        self.tokens, self.head = Tokens(backbone, head.token, amp), head
+        self.encoder, self.head = Encoder(backbone, head.token, amp), head
 
     def forward(self, images):
-        return self.head(self.tokens(images))  # (B, G) or (B, G, M, M)
+        return self.head(self.encoder(images))  # (B, G) or (B, G, M, M)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ class Policy(nn.Module):
 
 def make_optimizer(policy, args):
     """Adam without weight decay. A group's rate is the schedule's times its "factor"."""
-    backbone = [parameter for parameter in policy.tokens.parameters() if parameter.requires_grad]
+    backbone = [parameter for parameter in policy.encoder.parameters() if parameter.requires_grad]
     groups = [{"params": backbone, "factor": 1.0}, {"params": policy.head.parameters(), "factor": args.head_lr_factor}]
     return torch.optim.Adam(groups, lr=args.lr, weight_decay=0.0, fused=True)
 
@@ -221,15 +222,15 @@ def learning_rate(step, total_steps, warmup_steps, lr, lr_end):
     return lr_end + (lr - lr_end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def backward(policy, old_policy, extract, loss_function, images, targets, share, meter):
+def backward(policy, old_policy, encoder, loss_function, images, targets, share, meter):
     """Lines 5 to 8 for images (B, 3, H, W) and targets (B, ...), whose samples weigh `share` each: adds to gradients
     and meter.
 
     Head and loss take a few images at a time, because the logits of a batch of maps would be by far the largest
     tensors; the gradient that they leave at the tokens then goes through the backbone at once.
     """
-    old_tokens = old_policy.tokens(images).detach() if old_policy else None
-    tokens = extract(images)  # (B, D) or (B, h*w, D)
+    old_tokens = old_policy.encoder(images).detach() if old_policy else None
+    tokens = encoder(images)  # (B, D) or (B, h*w, D)
     size = max(1, LOGITS_AT_ONCE[images.device.type] // policy.head.logits_per_image)
     chunks = [x.requires_grad_() for x in tokens.detach().split(size)]
     old_chunks = old_tokens.split(size) if old_policy else chunks
@@ -243,19 +244,19 @@ def backward(policy, old_policy, extract, loss_function, images, targets, share,
     tokens.backward(torch.cat([x.grad for x in chunks]))
 
 
-def training_step(policy, old_policy, extract, loss_function, optimizer, images, targets, meter, args):
+def training_step(policy, old_policy, encoder, loss_function, optimizer, images, targets, meter, args):
     """Lines 5 to 9. images (B, 3, H, W) and targets (B, ...) are this process's share of the global batch, whose
-    samples all weigh the same. `extract` is policy.tokens, with several processes inside DDP, which averages its
+    samples all weigh the same. `encoder` is policy.encoder, with several processes inside DDP, which averages its
     gradients over them."""
     distributed = dist.is_initialized()
     total = (targets != IGNORE).sum()
     if distributed:
         dist.all_reduce(total)
     share = (dist.get_world_size() if distributed else 1) / total.clamp(min=1).double()
-    parts = list(zip(images.chunk(args.grad_accum), targets.chunk(args.grad_accum), strict=True))
-    for i, (x, y) in enumerate(parts, 1):
-        with extract.no_sync() if distributed and i < len(parts) else contextlib.nullcontext():
-            backward(policy, old_policy, extract, loss_function, x, y, share, meter)
+    micro_batches = list(zip(images.chunk(args.grad_accum), targets.chunk(args.grad_accum), strict=True))
+    for i, (x, y) in enumerate(micro_batches, 1):
+        with encoder.no_sync() if distributed and i < len(micro_batches) else contextlib.nullcontext():
+            backward(policy, old_policy, encoder, loss_function, x, y, share, meter)
     if distributed:
         average_gradients(list(policy.head.parameters()))
     norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf)
@@ -265,7 +266,7 @@ def training_step(policy, old_policy, extract, loss_function, optimizer, images,
 
 
 def average_gradients(parameters):
-    """The head's few gradients, as DDP does the backbone's: its several backward calls are more than DDP takes."""
+    """As DDP does with the backbone's gradients; it cannot with the head's, which come from several backward passes."""
     flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
     dist.all_reduce(flat)
     for parameter, total in zip(parameters, flat.split([parameter.numel() for parameter in parameters]), strict=True):
@@ -282,19 +283,19 @@ def train(policy, loader, validate, args, world):
     """
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs for what is not bf16
     old_policy = None
-    if args.method == "grpo_rm":  # compiled code rounds differently with gradients: rho = 1 needs the same for both
+    if args.method == "grpo_rm":  # compiled, it runs with autograd as the policy does: other code would round otherwise
         old_policy = copy.deepcopy(policy).requires_grad_(args.compile)
     optimizer, loss_function = make_optimizer(policy, args), make_loss(args)
-    parts = {"policy": policy, "optimizer": optimizer} | ({"old_policy": old_policy} if old_policy else {})
-    run = Run(args, world, len(loader), **parts)
+    saved = {"policy": policy, "optimizer": optimizer} | ({"old_policy": old_policy} if old_policy else {})
+    run = Run(args, world, len(loader), **saved)
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # it would cut the policy's code, not the old policy's
         for network in (policy, old_policy) if old_policy else (policy,):
-            network.tokens.compile(dynamic=False)
-    extract = policy.tokens
+            network.encoder.compile(dynamic=False)
+    encoder = policy.encoder
     if dist.is_initialized():  # all processes start from the first one's weights: DDP sees to the backbone
         warnings.filterwarnings("ignore", message="Grad strides do not match")  # of parameters (1, 1, D): harmless
-        extract = DistributedDataParallel(policy.tokens)
+        encoder = DistributedDataParallel(policy.encoder)
         for value in policy.head.state_dict().values():
             dist.broadcast(value, 0)
 
@@ -310,7 +311,7 @@ def train(policy, loader, validate, args, world):
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
             # lines 5 to 9
-            training_step(policy, old_policy, extract, loss_function, optimizer, images, targets, run.meter, args)
+            training_step(policy, old_policy, encoder, loss_function, optimizer, images, targets, run.meter, args)
             step += 1
             run.advance(step)
             epoch_ends, last = step % steps_per_epoch == 0, step == last_step
@@ -323,4 +324,4 @@ def train(policy, loader, validate, args, world):
             if last:
                 break
     run.export("head.pth", policy.head)
-    run.export("backbone.pth", policy.tokens.backbone)  # last: where it is, the run is whole
+    run.export("backbone.pth", policy.encoder.backbone)  # last: where it is, the run is whole

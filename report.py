@@ -327,25 +327,6 @@ def draw_curves(groups, panels, path):
     save_figure(figure, groups[0].title, path, list(handles.values()))
 
 
-def draw_ablation(groups, path):
-    """Bars of Table 6's score with the standard deviation over seeds, the paper's as diamonds."""
-    groups = [group for group in ablations(groups) if group.numbers("score")]
-    if not groups:
-        return
-    places, scores = range(len(groups)), [list(group.numbers("score").values()) for group in groups]
-    deviations = [statistics.stdev(values) if len(values) > 1 else float("nan") for values in scores]
-    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.5 * len(groups)), layout="constrained")
-    means = [statistics.mean(values) for values in scores]
-    bars = axis.barh(places, means, xerr=deviations, color="#8fb3d1", capsize=5, label="ours")
-    axis.bar_label(bars, list(map(with_deviation, scores)), label_type="center")
-    paper = [PAPER.get(f"{group.dataset} score", {}).get(group.row, [float("nan")])[0] for group in groups]
-    diamonds = axis.plot(paper, places, "D", color="white", markeredgecolor="black", label="the paper's")
-    axis.set_yticks(places, [textwrap.fill(f"{group.title}: {group.name}", 44) for group in groups])
-    axis.invert_yaxis()
-    axis.set_xlabel("SR, or pixel accuracy of linear features (%)")
-    save_figure(figure, "Uniformity reward", path, [bars, *diamonds])
-
-
 def draw_images(groups, path):
     """Figure 2: what eval_linear.py --save-images left for all groups of a dataset: in a row an image, the ground truth
     and the prediction of each group's first run that has some."""
@@ -376,7 +357,7 @@ def draw_images(groups, path):
 
 
 def draw_figures(groups, directory):
-    """Write <dataset>_curves.png, <dataset>_policy.png, <dataset>_scenes.png and ablation.png."""
+    """Write <dataset>_curves.png, <dataset>_policy.png and <dataset>_scenes.png."""
     plt.switch_backend("Agg")
     plain = [group for group in groups if group.row not in ABLATION[1:]]
     for dataset, mine in itertools.groupby(plain, key=lambda group: group.dataset):
@@ -385,7 +366,6 @@ def draw_figures(groups, directory):
             draw_curves([group for group in mine if group.row != "frozen"], panels, directory / f"{dataset}_{name}.png")
         masks = [group for group in mine if group.task == "segmentation" and "%" not in group.row]
         draw_images(masks, directory / f"{dataset}_scenes.png")
-    draw_ablation(groups, directory / "ablation.png")
 
 
 @stage
@@ -394,7 +374,7 @@ def main(argv=None):
     parser.usage = "%(prog)s RUNS_DIR [--csv DIR] [--figures DIR]"
     parser.add_argument("runs", metavar="RUNS_DIR", type=Path, help="directory that holds the runs, at any depth")
     parser.add_argument("--csv", metavar="DIR", type=Path, help="write the tables into this directory as CSV files")
-    parser.add_argument("--figures", metavar="DIR", type=Path, help="draw curves, images and the ablation there")
+    parser.add_argument("--figures", metavar="DIR", type=Path, help="draw curves and images there")
     args = parser.parse_args(argv)
     groups = load_groups(args.runs)
     for table in (tables := make_tables(groups)):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from cli import InputError, NotFinite, in_turn, resolve_model_arguments
 
-# What does not change the mathematics: a resumed run may have other values of these, and report.py averages over them.
+# A resumed run may have other values of these. report.py averages over them, but not over what a run started from.
 NEUTRAL = set(
     "data_root download device workers output_dir resume checkpoint_minutes eval_every log_every max_steps hub_repo "
     "weights grad_accum compile save_images output git_commit torch_version device_name world_size".split()
@@ -43,12 +43,9 @@ def write_json(path, values):
 
 def make_directory(path, flag):
     """Make the directory `path`, named by `flag`, where it is missing. Raises InputError where it cannot be written."""
-    try:
+    with contextlib.suppress(OSError):
         path.mkdir(parents=True, exist_ok=True)
-        writable = os.access(path, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
+    if not (path.is_dir() and os.access(path, os.W_OK)):
         raise InputError(f"{flag}: {path} cannot be written; choose another directory")
 
 
@@ -57,8 +54,8 @@ def environment(world):
 
     def git(*command):
         with contextlib.suppress(OSError):  # there is no git
-            git = ["git", "-C", str(Path(__file__).parent), *command]
-            return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+            command = ["git", "-C", str(Path(__file__).parent), *command]
+            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
     cuda, modified = world.device.type == "cuda", git("status", "--porcelain", "-uno")
     return {
@@ -123,7 +120,7 @@ class Run:
                 part.load_state_dict(state[0][name])
             self.step, self.epoch = state[0]["step"], state[0]["epoch"]
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, lambda number, frame: setattr(self, "signal", number))
+            signal.signal(number, self.on_signal)
         self.announce()
         bar = {"unit": "step", "leave": False, "disable": None if world.rank == 0 else True}
         self.bar = tqdm(total=args.epochs * steps_per_epoch, initial=self.step, **bar)
@@ -136,11 +133,16 @@ class Run:
         self.log_file = open(log, "ab+")
         try:
             fcntl.lockf(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:
             raise InputError(f"--output-dir {self.directory}: another process trains there; choose another") from error
+        except OSError:
+            self.warn("lock", f"{self.directory} cannot be locked on this file system: start no second run there")
         if not self.args.resume and (log.stat().st_size or checkpoint.exists()):
             raise InputError(f"--output-dir {self.directory} already holds a run; add --resume, or choose another")
         state = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint.exists() else None
+        exported = self.directory / "backbone.pth"
+        if exported.exists() and not state:
+            raise InputError(f"--resume: {self.directory} has weights but no checkpoint.pt; choose another directory")
         for name, value in self.settings.items() if state else ():
             if (before := state["settings"].get(name)) != value:
                 what = f"--resume: {name} is {str(value)[:80]}, but {str(before)[:80]} in {self.directory}"
@@ -168,6 +170,11 @@ class Run:
             self.warn("refresh", "the old policy is refreshed before every step: rho is always 1, the clip never acts; "
                       "take a smaller --batch-size or a larger --old-policy-every")  # fmt: skip
         self.say(f"{f'resuming at step {self.step}' if self.step else 'writing'} -> {self.directory}", sys.stdout)
+
+    def on_signal(self, number, frame):
+        self.signal = number
+        if self.world.rank == 0:
+            os.write(sys.stderr.fileno(), b"saving at the next log line\n")  # print is not for signal handlers
 
     def advance(self, step):
         """One step on the progress bar."""
@@ -206,7 +213,7 @@ class Run:
         measured = "".join(f" {name.removeprefix('val_')} {value:.1f}" for name, value in metrics.items())
         self.say(f"epoch {epoch}/{self.args.epochs}  loss {values['loss']:.4f}  acc {accuracy:.1f} %{ratio}  "
                  f"{values['images_per_s']:.0f} img/s{'  val' * bool(metrics)}{measured}", sys.stdout)  # fmt: skip
-        if epoch >= self.args.warmup_epochs + 2 and accuracy < 2 * chance:
+        if epoch >= self.args.warmup_epochs + 2 and accuracy < min(2 * chance, 60):  # 60: of two classes
             self.warn("chance", f"after epoch {epoch} the policy is right on {accuracy:.1f} % of the samples (chance: "
                       f"{chance:.1f} %); if this lasts, try more --warmup-epochs or a lower --lr")  # fmt: skip
         self.epoch, self.window_started = {}, time.monotonic()

@@ -29,7 +29,7 @@ def parse_args(argv):
     cli.add_data_arguments(parser, list(PROTOCOLS["classification"]))
     cli.add_model_arguments(parser)
     cli.add_training_arguments(parser, **PAPER, batch_size=1024)
-    parser.set_defaults(background_penalty=0.0)  # segmentation's
+    parser.set_defaults(background_penalty=0.0)  # only train_seg.py has this flag
     return parser.parse_args(argv)
 
 

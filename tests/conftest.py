@@ -42,9 +42,9 @@ def before_steps(monkeypatch):
     original, numbers = grpo_rm.training_step, itertools.count(1)
 
     def install(look):
-        def spy(policy, old_policy, extract, loss_function, optimizer, *rest):
+        def spy(policy, old_policy, encoder, loss_function, optimizer, *rest):
             look(next(numbers), policy, old_policy, optimizer)
-            original(policy, old_policy, extract, loss_function, optimizer, *rest)
+            original(policy, old_policy, encoder, loss_function, optimizer, *rest)
 
         monkeypatch.setattr(grpo_rm, "training_step", spy)
 

@@ -68,8 +68,8 @@ def make_step(task, amp, compiled):
         for parameter in old_policy.parameters():
             parameter.mul_(1.1)
     for network in (policy, old_policy) if args.compile else ():
-        network.tokens.compile(dynamic=False)
-    rest = (policy.tokens, grpo_rm.make_loss(args), grpo_rm.make_optimizer(policy, args))
+        network.encoder.compile(dynamic=False)
+    rest = (policy.encoder, grpo_rm.make_loss(args), grpo_rm.make_optimizer(policy, args))
     meter, loader = Meter(), data.Loader(split, args, WORLD, train=True, augment=True)
 
     def step(epoch):

@@ -274,7 +274,7 @@ def test_what_is_edited_in_accuracy_reward_trains(monkeypatch):
     torch.manual_seed(0)
     args = train_cls.parse_args(["--lr", "1e-3"])
     fresh = grpo_rm.Policy(nn.Module(), grpo_rm.ClassificationHead(4, 3))
-    fresh.tokens = nn.Linear(5, 4)
+    fresh.encoder = nn.Linear(5, 4)
     images, targets = torch.randn(8, 5), torch.arange(8) % 3
     losses, weights = [], []
     for reward in (accuracy_reward, lambda targets, num_outputs: accuracy_reward((targets + 1) % 3, num_outputs)):
@@ -282,7 +282,7 @@ def test_what_is_edited_in_accuracy_reward_trains(monkeypatch):
         policy, old_policy, meter = copy.deepcopy(fresh), copy.deepcopy(fresh), Meter()
         optimizer = grpo_rm.make_optimizer(policy, args)
         for _ in range(2):  # after the first step rho is not 1
-            step = (policy, old_policy, policy.tokens, grpo_rm.make_loss(args), optimizer)
+            step = (policy, old_policy, policy.encoder, grpo_rm.make_loss(args), optimizer)
             grpo_rm.training_step(*step, images, targets, meter, args)
         losses.append(meter.read(CPU)["loss"][0])
         weights.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))

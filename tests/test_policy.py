@@ -208,7 +208,7 @@ def test_chunks_give_the_gradients_of_the_whole_batch(method, monkeypatch):
         monkeypatch.setitem(grpo_rm.LOGITS_AT_ONCE, "cpu", chunk * 5 * 6**2 + 7)
         policy.zero_grad()
         meter = Meter()
-        grpo_rm.backward(policy, old, policy.tokens, loss_function, images, targets, share, meter)
+        grpo_rm.backward(policy, old, policy.encoder, loss_function, images, targets, share, meter)
         torch.testing.assert_close(
             {name: p.grad for name, p in policy.named_parameters()}, expected, atol=1e-13, rtol=1e-9
         )

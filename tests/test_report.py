@@ -188,7 +188,7 @@ def test_costs(tmp_path):
     assert found["Table 3"][2][:3] == ["Tiny-ImageNet", "GRPO-RM", "0, 1, 2"]  # scores do not depend on hardware
 
 
-def test_ablation(tmp_path, draw):
+def test_ablation(tmp_path):
     for seed, more in ((seed, {"epochs": [{"seconds": 1.0}, {"seconds": 2.0}]}) for seed in range(2)):
         for reward, sr in (("none", 60.0), ("eq5", 61.0), ("eq4", 62.0)):
             more |= {"uniformity": reward, "world_size": 1 + seed * (reward == "eq5")}  # times on two kinds of hardware
@@ -205,9 +205,6 @@ def test_ablation(tmp_path, draw):
         "Pascal VOC 2012 GRPO-RM, Eq. (5) 90.00 ± 0.00 - -9418.00",
     ]
     assert found["Table 3"][5][:4] == ["Tiny-ImageNet", "GRPO-RM", "0, 1", "62.50 ± 0.71"]  # Eq. (4) alone
-    (axis,) = draw()["ablation"].axes
-    assert [bar.get_width() for bar in axis.patches] == [62.5, 60.5, 61.5, 90.0]
-    assert list(axis.lines[-1].get_xdata())[:3] == [65.96, 62.16, 60.32]  # the paper's
 
 
 def test_what_is_printed_and_stored(tmp_path, capsys):

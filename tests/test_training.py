@@ -253,7 +253,7 @@ def test_gradient_clipping():
         policy, meter = Policy(load_backbone("vit_tiny"), ClassificationHead(96, 10)), Meter()
         args, batch = parse(train_cls, "--method", "finetune", *flags), (torch.ones(10, 3, 42, 42), torch.arange(10))
         optimizer = Keep(policy.parameters(), lr=0.0)
-        training_step(policy, None, policy.tokens, grpo_rm.make_loss(args), optimizer, *batch, meter, args)
+        training_step(policy, None, policy.encoder, grpo_rm.make_loss(args), optimizer, *batch, meter, args)
         gradients = [parameter.grad for parameter in policy.parameters()]
         return meter.read(CPU)["grad_norm"][0], torch.nn.utils.get_total_norm(gradients).item()
 
@@ -267,7 +267,7 @@ def test_another_optimizer_is_a_change_of_one_place(tmp_path, monkeypatch):
     """AdamW with a rate for every block."""
 
     def layerwise(policy, args):
-        blocks = enumerate(reversed(policy.tokens.backbone.vit.encoder.layers))
+        blocks = enumerate(reversed(policy.encoder.backbone.vit.encoder.layers))
         groups = [{"params": block.parameters(), "factor": 0.5**i} for i, block in blocks]
         groups += [{"params": policy.head.parameters(), "factor": 3.0}]
         return torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.05)
