@@ -84,7 +84,7 @@ def test_epoch_lines_fit_100_columns(method, tmp_path, capsys):
         ("--lr nan", "--lr: 'nan' must be a number above 0"), ("--lr -1", "--lr: '-1' must be a number above 0"),
         ("--lr 1e-3 --lr-end 1e-2", "--lr-end 0.01 is above --lr 0.001"),
         ("--epochs 0", "--epochs: '0' must be a whole number at least 1"),
-        ("--epochs 2.5", "--epochs: '2.5' must be a whole number"),
+        ("--epochs 2.5", "--epochs: invalid whole number value: '2.5'"),
         ("--clip-eps 0", "argument --clip-eps: '0' must be a number above 0 and at most 1"),
         ("--ratio-floor -0.1", "argument --ratio-floor: '-0.1' must be a number at least 0"),
         ("--train-fraction 1.5", "argument --train-fraction"), ("--seed 18446744073709551616", "argument --seed"),
