@@ -85,7 +85,7 @@ def measure_loss(shape, args, world):
     compiled = torch.compile(grpo_rm_loss, dynamic=False, backend="eager" if args.quick else "inductor")
 
     def run(function, kind="eq4"):
-        loss, _ = function(logits, old, targets, uniformity=kind, ratio_floor=0.3, ignore_index=-100)
+        loss, _ = function(logits, old, targets, uniformity=kind, ratio_floor=1.0, ignore_index=-100)
         return torch.autograd.grad(loss, logits)
 
     runs = {"eager": lambda: run(grpo_rm_loss), "compiled": lambda: run(compiled), "eq5": lambda: run(compiled, "eq5")}

@@ -175,7 +175,7 @@ def add_training_arguments(parser, *, lr, lr_end, batch_size):
     add("--accuracy-weight", type=number(0), default=1.0, help="w_acc of Eq. (6); the paper's is 1")
     add("--uniformity-weight", type=number(0), default=1.0, help="w_uni of Eq. (6); the paper's is 1")
     add("--group-weighting", choices=["uniform", "policy"], default="uniform", help="of outputs: 1/c (the paper) or q")
-    add("--ratio-floor", type=number(0), default=0.3, help="F in rho = p / (q + F/c); 0: as printed, can blow up")
+    add("--ratio-floor", type=number(0), default=1.0, help="F in rho = p / (q + F/c); 0: as printed, can blow up")
     add("--old-policy-every", type=whole(1), metavar="STEPS",
         help="refresh the old policy so often; default: an epoch (the paper); 1 destroys a backbone")  # fmt: skip
 

@@ -141,19 +141,6 @@ def segmentation_scores(confusion):
     }
 
 
-class LinearSegmenter(nn.Module):
-    """Batch normalisation, then one linear layer on every patch token (DINOv2's linear segmentation head)."""
-
-    def __init__(self, embed_dim, num_classes, seed):
-        super().__init__()
-        self.norm, self.linear = nn.BatchNorm2d(embed_dim), nn.Conv2d(embed_dim, num_classes, 1)
-        nn.init.normal_(self.linear.weight, std=0.01, generator=random_generator(LINEAR, seed))
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, features):
-        return self.linear(self.norm(features))  # (B, D, h, w) -> (B, C, h, w)
-
-
 class PatchTokens:
     """The normalised patch tokens of the last `layers` layers side by side, with masks, of any lists of images."""
 
@@ -195,11 +182,15 @@ class PatchTokens:
 
 
 def fit_segmenter(source, num_classes, *, epochs, batch_size, lr, lr_end, seed):
-    """A LinearSegmenter trained with cross-entropy by Adam on the PatchTokens `source`, its logits upsampled to the
-    masks' maps. Batches and first weights are a function of `seed`; the rate falls from lr to lr_end on a cosine. Every
-    rank does the same; rank 0's result is given to all."""
+    """Batch normalisation and one linear layer (DINOv2's linear segmentation head), (B, D, h, w) -> (B, C, h, w),
+    trained with cross-entropy by Adam on the PatchTokens `source`, logits upsampled to the masks' maps. Batches and
+    first weights are a function of `seed`; the rate falls from lr to lr_end on a cosine. All ranks get rank 0's."""
     world, generator, count = source.loader.world, random_generator(LINEAR, seed), len(source.loader.split)
-    segmenter = LinearSegmenter(source.layers * source.backbone.embed_dim, num_classes, seed).to(world.device)
+    embed_dim = source.layers * source.backbone.embed_dim
+    linear = nn.Conv2d(embed_dim, num_classes, 1)
+    nn.init.normal_(linear.weight, std=0.01, generator=random_generator(LINEAR, seed))
+    nn.init.zeros_(linear.bias)
+    segmenter = nn.Sequential(nn.BatchNorm2d(embed_dim), linear).to(world.device)
     optimizer = torch.optim.Adam(segmenter.parameters(), lr=lr, weight_decay=0.0)
     steps_per_epoch = -(-count // batch_size)
     for epoch in cli.progress(range(epochs), "linear layer", world):

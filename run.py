@@ -200,7 +200,7 @@ class Run:
         self.bar.set_postfix_str(f"loss {values['loss']:.4g}", refresh=False)
         if values.get("max_ratio", 0) > 1e4:
             self.warn("ratio", f"the ratio p/q reached {values['max_ratio']:.1e} by step {step}: samples whose "
-                      "prediction flips swamp the update; try --ratio-floor 0.3 or 1, or a lower --lr")  # fmt: skip
+                      "prediction flips swamp the update; try --ratio-floor 1, or a lower --lr")  # fmt: skip
         self.window_started = time.monotonic()
 
     def log_epoch(self, step, lr, metrics):

@@ -228,7 +228,7 @@ def test_defaults_are_the_papers(script, dataset, flags, expected):
     expected |= {"epochs": 100, "clip_eps": 0.2, "uniformity": "eq4", "accuracy_weight": 1, "uniformity_weight": 1}
     expected |= {"method": "grpo_rm", "group_weighting": "uniform", "backbone": "dinov2_vits14"}
     expected |= {"background_penalty": 0.5 if script is train_seg else 0, "old_policy_every": None, "train_fraction": 1}
-    expected |= {"ratio_floor": 0.3, "warmup_epochs": 5}  # not the paper's
+    expected |= {"ratio_floor": 1.0, "warmup_epochs": 5}  # not the paper's
     args = vars(parse(script, "--dataset", dataset, *flags))
     assert {name: args[name] for name in expected} == expected
 
@@ -291,7 +291,7 @@ def test_what_a_run_leaves_behind(tmp_path):
     names = {"config.json", "log.jsonl", "checkpoint.pt", "backbone.pth", "head.pth"}
     assert {path.name for path in tmp_path.iterdir()} == names
     config = read_json(tmp_path / "config.json")
-    expected = {"method": "grpo_rm", "ratio_floor": 0.3, "classes": list(demo.SHAPES), "train_images": 100}
+    expected = {"method": "grpo_rm", "ratio_floor": 1.0, "classes": list(demo.SHAPES), "train_images": 100}
     expected |= {"world_size": 1, "device_name": "cpu", "torch_version": torch.__version__, "background_penalty": 0}
     assert {name: config[name] for name in expected} == expected and config["git_commit"]
     events = read_log(tmp_path)
