@@ -89,6 +89,5 @@ def prepare_backbone(args, world):
         lower = max(1, size // patch) * patch
         raise InputError(f"--image-size {size} is no multiple of patch size {patch}; take {lower} or {lower + patch}")
     if world.rank == 0 and not args.weights and os.path.isdir(args.hub_repo or ""):
-        text = f"{args.backbone} starts from random weights: {args.hub_repo} holds code only; give --weights FILE"
-        print(f"warning: {text}", file=sys.stderr)
+        print(f"warning: random weights: {args.hub_repo} holds code only; give --weights FILE", file=sys.stderr)
     return backbone.to(world.device)

@@ -8,9 +8,9 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -60,8 +60,7 @@ def end(status, message):
     raise SystemExit(status) from None
 
 
-@dataclass(frozen=True)
-class World:
+class World(NamedTuple):
     """This process among those that torchrun started; without torchrun rank 0 of size 1, and no process group."""
 
     rank: int

@@ -413,9 +413,8 @@ def random_generator(purpose, *key):
 def square(image, side, margin=1.0):
     """The centre of `image` as (side, side, 3) uint8, after a bicubic resize of its shorter side to side * margin."""
     shorter = round(side * margin)
-    if min(image.size) != shorter:
-        scale = shorter / min(image.size)
-        image = image.resize([max(shorter, round(length * scale)) for length in image.size], Image.Resampling.BICUBIC)
+    scale = shorter / min(image.size)
+    image = image.resize([max(shorter, round(length * scale)) for length in image.size], Image.Resampling.BICUBIC)
     left, top = ((length - side) // 2 for length in image.size)
     return np.asarray(image.crop((left, top, left + side, top + side)))
 
@@ -444,15 +443,10 @@ def pad_crop_flip(pixels, shifts, flips, pad):
 
 def to_input(pixels, image_size):
     """(B, S, S, 3) uint8 -> (B, 3, image_size, image_size) float32: bicubic (antialiased), ImageNet mean and std."""
-    images = resize(pixels.movedim(-1, 1), image_size).contiguous()  # channels last in memory until here
-    mean, std = mean_and_std(pixels.device)
-    return images.float().sub_(mean).div_(std)
-
-
-@functools.cache
-def mean_and_std(device):
-    """(3, 1, 1) each, of bytes; made once, for a copy to a GPU waits for it."""
-    return tuple(255 * torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
+    images = resize(pixels.movedim(-1, 1), image_size).contiguous().float()  # channels last in memory until here
+    for channel, mean, std in zip(images.unbind(1), MEAN, STD, strict=True):
+        channel.sub_(255 * mean).div_(255 * std)
+    return images
 
 
 def to_device(tensor, device):
@@ -531,10 +525,9 @@ class Loader:
 
     def pixels(self, batches, key=()):
         """As `fetch`, but images are (B, S, S, 3) uint8, as decoded; `key` is for what is drawn at random there."""
-        for indices in batches if self.resident else ():
-            indices = to_device(indices, self.world.device)
-            yield tuple(part[indices] for part in self.resident)
         if self.resident:
+            on_device = (to_device(indices, self.world.device) for indices in batches)
+            yield from (tuple(part[indices] for part in self.resident) for indices in on_device)
             return
 
         def load(indices):

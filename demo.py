@@ -28,8 +28,6 @@ class VitTiny(nn.Module):
     def _position_embedding(self, h: int, w: int) -> torch.Tensor:
         embedding = self.vit.encoder.pos_embedding  # (1, 1 + side * side, D)
         side = math.isqrt(embedding.shape[1] - 1)
-        if (h, w) == (side, side):
-            return embedding
         grid = embedding[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
         grid = F.interpolate(grid, size=(h, w), mode="bicubic")  # (1, D, h, w)
         return torch.cat([embedding[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
