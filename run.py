@@ -140,9 +140,8 @@ class Run:
         if not self.args.resume and (log.stat().st_size or checkpoint.exists()):
             raise InputError(f"--output-dir {self.directory} already holds a run; add --resume, or choose another")
         state = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint.exists() else None
-        exported = self.directory / "backbone.pth"
-        if exported.exists() and not state:
-            raise InputError(f"--resume: {self.directory} has weights but no checkpoint.pt; choose another directory")
+        if not state and (self.directory / "backbone.pth").exists():
+            raise InputError(f"--output-dir {self.directory} has backbone.pth but no checkpoint.pt; choose another")
         for name, value in self.settings.items() if state else ():
             if (before := state["settings"].get(name)) != value:
                 what = f"--resume: {name} is {str(value)[:80]}, but {str(before)[:80]} in {self.directory}"

@@ -102,6 +102,9 @@ def test_a_finished_run_is_left_as_it_is(whole, tmp_path, capsys):
     train_cls.main([*flags, "--resume"])  # nothing is left to do
     del before["config.json"]
     assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before
+    (tmp_path / "run" / "checkpoint.pt").unlink()  # the largest file
+    assert "no checkpoint.pt; choose another" in stderr_of(capsys, train_cls.main, *flags, "--resume")
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == before["log.jsonl"]
 
 
 @pytest.mark.parametrize(("flag", "value"), [
