@@ -54,9 +54,10 @@ def group_advantages(rewards, probs=None):
     """Eq. (2): A_i = (r_i - mean(r)) / std(r) over the group. rewards (N, G) -> (N, G). Paper silent: the group is the
     whole set of outputs, so its std divides by c. With probs (N, G), they weight both, and 1e-4 is added to the std."""
     mean = group_mean(rewards, probs)
-    std = group_mean((rewards - mean).square(), probs).sqrt()
+    centred = rewards - mean
+    std = group_mean(centred.square(), probs).sqrt()
     rounding = 4 * torch.finfo(rewards.dtype).eps * mean.abs()  # equal rewards leave no more than that: A = 0
-    return (rewards - mean) / (std.where(std > rounding, math.inf) if probs is None else std + 1e-4)
+    return centred / (std.where(std > rounding, math.inf) if probs is None else std + 1e-4)
 
 
 def group_mean(values, probs=None):
