@@ -62,7 +62,7 @@ def load_from_hub(name, hub_repo, *, pretrained):
 
 
 def load_strictly(module, path):
-    """Load the state dict in the file `path`. Names and shapes must match; else InputError."""
+    """Load the state dict in the file `path`. Names and shapes must match, numbers be finite; else InputError."""
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns of odd pickles before it refuses them
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -76,6 +76,8 @@ def load_strictly(module, path):
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"weights file {path} does not fit ({reason}); check --backbone and --weights") from error
+    if bad := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise InputError(f"weights file {path}: {bad[0]} has numbers that are not finite; take another")
 
 
 def prepare_backbone(args, world):

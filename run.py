@@ -212,7 +212,7 @@ class Run:
         measured = "".join(f" {name.removeprefix('val_')} {value:.1f}" for name, value in metrics.items())
         self.say(f"epoch {epoch}/{self.args.epochs}  loss {values['loss']:.4f}  acc {accuracy:.1f} %{ratio}  "
                  f"{values['images_per_s']:.0f} img/s{'  val' * bool(metrics)}{measured}", sys.stdout)  # fmt: skip
-        if epoch >= self.args.warmup_epochs + 2 and accuracy < min(2 * chance, 60):  # 60: of two classes
+        if epoch >= self.args.warmup_epochs + 2 and accuracy < min(2 * chance, 60):  # with two classes chance is 50
             self.warn("chance", f"after epoch {epoch} the policy is right on {accuracy:.1f} % of the samples (chance: "
                       f"{chance:.1f} %); if this lasts, try more --warmup-epochs or a lower --lr")  # fmt: skip
         self.epoch, self.window_started = {}, time.monotonic()

@@ -346,7 +346,8 @@ def load_on_two_ranks(world, directory):
 
 def test_one_rank_downloads_and_all_decode_their_share(tiny_imagenet, tmp_path):
     in_processes(load_on_two_ranks, 2, str(tmp_path))
-    (asked, reads, stores), (asked_too, reads_too, stores_too) = (torch.load(tmp_path / f"{r}.pth") for r in range(2))
+    files = [tmp_path / f"{rank}.pth" for rank in range(2)]
+    (asked, reads, stores), (asked_too, reads_too, stores_too) = (torch.load(file, weights_only=True) for file in files)
     assert (asked, asked_too) == (1, 0)
     names = [f"n0{c}_{i}.JPEG" for c in (3, 1, 2) for i in range(4)]
     assert (reads, reads_too) == ([names[0], *names[::2]], [names[0], *names[1::2]])  # the first one tells the shape

@@ -333,7 +333,7 @@ def stages(tmp_path_factory):
 
 
 def test_features_are_the_same_bits_on_two_processes(stages):
-    expected, *others = (torch.load(stages / f"{name}.pth") for name in ("0 of 1", "0 of 2", "1 of 2"))
+    expected, *others = (torch.load(stages / f"{x}.pth", weights_only=True) for x in ("0 of 1", "0 of 2", "1 of 2"))
     assert [len(part) for part in expected] == [50, 50, 20, 20, 37, 37, 37, 37]
     assert all(part.flatten(1).abs().amax(1).min() > 0 for part in expected if part.dim() > 1)
     for found in others:

@@ -89,7 +89,7 @@ def test_exported_weights_load_strictly_into_a_fresh_hub_model(hub_repo, tmp_pat
     """A run of the script with a hub model, its export, and the two ways back; then both evaluations."""
     model = ["--backbone", "dinov2_vits14", "--hub-repo", hub_repo, "--image-size", "40"]
     train_cls.main([*TINY, *model, "--batch-size", "50", "--epochs", "1", "--output-dir", str(tmp_path / "run")])
-    assert "random weights" in capsys.readouterr().err
+    assert f"warning: random weights: {hub_repo} holds code only; give --weights" in capsys.readouterr().err
     state = torch.load(file := tmp_path / "run" / "backbone.pth", weights_only=True)
     fresh = torch.hub.load(hub_repo, "dinov2_vits14", source="local", pretrained=False)
     fresh.load_state_dict(state, strict=True)
@@ -134,6 +134,7 @@ STATE = VitTiny().state_dict()
     [
         ({k: v for k, v in STATE.items() if k != "vit.class_token"}, r"does not fit .*vit\.class_token"),
         (STATE | {"extra": torch.zeros(1)}, "does not fit .*extra"),
+        (STATE | {"vit.class_token": torch.full((1, 1, 96), torch.nan)}, r"vit\.class_token .* not finite"),
         (STATE | {"vit.class_token": torch.zeros(1, 1, 7)}, "does not fit .*class_token.*1, 1, 7.*1, 1, 96"),
         ([1, 2], "does not hold a state dict"),
         ({"model": {"a": torch.zeros(1)}}, "does not hold a state dict"),
@@ -141,7 +142,7 @@ STATE = VitTiny().state_dict()
         (b"PK not a zip", "cannot be loaded"),
         (None, "cannot be loaded"),
     ],
-    ids=["missing", "extra", "shape", "list", "nested", "empty", "broken", "absent"],
+    ids=["missing", "extra", "not finite", "shape", "list", "nested", "empty", "broken", "absent"],
 )
 def test_weights_that_do_not_fit_are_named(content, message, tmp_path):
     file = tmp_path / "weights.pth"
