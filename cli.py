@@ -179,7 +179,7 @@ def add_training_arguments(parser, *, lr, lr_end, batch_size):
         help="refresh the old policy so often; default: an epoch (the paper); 1 destroys a backbone")  # fmt: skip
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=whole(1), default=100, help="the paper's is 100; GRPO-RM needs more than log(c)/log(1.2)")
+    add("--epochs", type=whole(1), default=100, help="the paper's is 100; a few are too few: docs/decisions.md")
     add("--batch-size", type=whole(1), default=batch_size, help=f"global batch m; the paper's is {batch_size}")
     add("--grad-accum", type=whole(1), default=1, help="parts of each process's batch, to save memory; same result")
     add("--lr", type=number(0, above=True), help=f"first learning rate; default: the paper's {lr:g} * m/256")
