@@ -100,15 +100,15 @@ def grpo_rm_loss(
 
     logits, old_logits = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logits, old_logits.detach()))
     log_p, log_q = logits.log_softmax(1), old_logits.log_softmax(1).clamp(min=-1e30)  # (N, G)
-    q = log_q.exp()
+    p, q = log_p.exp(), log_q.exp()
 
     r_acc, r_uni = accuracy_reward(k, G).to(q.dtype), uniformity_reward(q, k, uniformity)
     penalty = background_penalty * G * (torch.arange(G, device=q.device) == 0).to(q.dtype)  # (G,): class 0's
     rewards = accuracy_weight * r_acc + uniformity_weight * r_uni - penalty  # Eq. (6)
     probs = q if weighting == "policy" else None
     advantages = group_advantages(rewards, probs)  # (N, G)
-    # A difference of logarithms, never a quotient of probabilities; exp(80) is finite.
-    ratio = (log_p - ((q + ratio_floor / G).log() if ratio_floor else log_q)).clamp(max=80).exp()  # rho (N, G)
+    # Without a floor a difference of logarithms, because q can be 0 in float32; exp(80) is finite.
+    ratio = p / (q + ratio_floor / G) if ratio_floor else (log_p - log_q).clamp(max=80).exp()  # rho (N, G)
     weighted = advantages * (1 / G if probs is None else probs)  # before the product with rho, which could overflow
     unclipped, clipped = ratio * weighted, ratio.clamp(1 - clip_eps, 1 + clip_eps) * weighted
     loss = -mean(torch.minimum(unclipped, clipped).sum(1))  # Eq. (1)
@@ -122,7 +122,7 @@ def grpo_rm_loss(
             "mean_ratio": mean(ratio.mean(1)),
             "max_ratio": torch.where(valid, ratio.amax(1), 0).amax(),
             "kl": mean((q * (log_q - log_p)).sum(1)),
-            "entropy": mean(-(log_p.exp() * log_p).sum(1)),
+            "entropy": mean(-(p * log_p).sum(1)),
         }
     return loss, stats
 
