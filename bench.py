@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import cli
 import train_cls
-from backbone import load_backbone
+from backbone import add_model_arguments, load_backbone, resolve_model_arguments
 from data import PROTOCOLS, Loader, Split
 from grpo_rm import ClassificationHead, Policy, SegmentationHead, grpo_rm_loss, make_loss, make_optimizer, training_step
 from run import Meter, environment, make_directory, write_json
@@ -156,7 +156,7 @@ def table(rows):
 @cli.stage
 def main(argv=None):
     parser = cli.ArgumentParser(__doc__)
-    cli.add_model_arguments(parser)
+    add_model_arguments(parser)
     add = parser.add_argument_group("benchmark").add_argument
     add("--repeats", type=cli.whole(1), default=9, help="turns that the medians are taken over")
     add("--threads", type=cli.whole(1), help="CPU threads of torch; default: its own choice")
@@ -168,7 +168,7 @@ def main(argv=None):
     world = cli.start_processes(args.device)
     args.dataset, args.image_size = "tiny_imagenet", None
     args.backbone = args.backbone or ("dinov2_vits14" if world.device.type == "cuda" else "vit_tiny")
-    cli.resolve_model_arguments(args, world, PROTOCOLS["classification"]["tiny_imagenet"])
+    resolve_model_arguments(args, world, PROTOCOLS["classification"]["tiny_imagenet"])
     torch.set_num_threads(args.threads or torch.get_num_threads())
     torch.set_float32_matmul_precision("high")  # as in training
     torch._dynamo.config.suppress_errors = True  # without a compiler: eager, with a warning

@@ -130,8 +130,7 @@ def number(low, high=math.inf, *, above=False, kind=float):
     def parse(text):
         value = kind(text)
         if not (math.isfinite(value) and low <= value <= high) or (above and value == low):
-            most = f" and at most {high:g}" if high < math.inf else ""
-            bound = f"{'above' if above else 'at least'} {low:g}{most}"
+            bound = f"{'above' if above else 'at least'} {low:g}" + f" and at most {high:g}" * (high < math.inf)
             raise argparse.ArgumentTypeError(f"{text!r} must be a {parse.__name__} {bound}")
         return value
 
@@ -154,17 +153,6 @@ def add_data_arguments(parser, names):
     add("--workers", type=whole(0), default=min(8, os.cpu_count() or 1), help="decoding threads of each rank")
 
 
-def add_model_arguments(parser):
-    """Backbone, device and precision."""
-    add = parser.add_argument_group("model and machine").add_argument
-    add("--backbone", help="dinov2_vit{s,b,l,g}14[_reg], vit_tiny, or one of --hub-repo; the paper's is dinov2_vits14")
-    add("--hub-repo", help="owner/repo[:ref], or a local directory with hub code (random weights unless --weights)")
-    add("--weights", help="state dict that the backbone starts from; every name and shape must match")
-    add("--seed", type=whole(0, 2**32 - 1), default=0, help="of weights, batches, augmentation; the paper has 5")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto is cuda where there is one")
-    add("--amp", choices=["auto", "bf16", "off"], default="auto", help="mixed precision; auto: bf16 on a GPU that can")
-
-
 def add_training_arguments(parser, *, lr, lr_end, batch_size):
     """Objective, optimisation and files of a run; the paper's batch_size and, for a batch of 256, lr and lr_end."""
     add = parser.add_argument_group("objective").add_argument
@@ -175,8 +163,7 @@ def add_training_arguments(parser, *, lr, lr_end, batch_size):
     add("--uniformity-weight", type=number(0), default=1.0, help="w_uni of Eq. (6); the paper's is 1")
     add("--group-weighting", choices=["uniform", "policy"], default="uniform", help="of outputs: 1/c (the paper) or q")
     add("--ratio-floor", type=number(0), default=1.0, help="F in rho = p / (q + F/c); 0: as printed, can blow up")
-    add("--old-policy-every", type=whole(1), metavar="STEPS",
-        help="refresh the old policy so often; default: an epoch (the paper); 1 destroys a backbone")  # fmt: skip
+    add("--old-policy-every", type=whole(1), metavar="STEPS", help="refresh it so often; default: the paper's epoch")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=whole(1), default=100, help="the paper's is 100; a few are too few: docs/decisions.md")
@@ -201,9 +188,8 @@ def add_training_arguments(parser, *, lr, lr_end, batch_size):
     add("--compile", action="store_true", help="torch.compile of backbones and loss: some minutes once, then faster")
 
 
-def resolve_training_arguments(args, world, protocol, *, lr, lr_end):
+def resolve_training_arguments(args, protocol, *, lr, lr_end):
     """Fill in defaults that depend on others. protocol: data.Protocol; lr, lr_end: the paper's for a batch of 256."""
-    resolve_model_arguments(args, world, protocol)
     resolve_learning_rate(args, lr, lr_end)
     if args.warmup_epochs is None:
         args.warmup_epochs = min(5.0, args.epochs / 5)
@@ -219,15 +205,3 @@ def resolve_learning_rate(args, lr, lr_end):
     args.lr_end = min(args.lr, lr_end * args.batch_size / 256) if args.lr_end is None else args.lr_end
     if args.lr_end > args.lr:
         raise InputError(f"--lr-end {args.lr_end:g} is above --lr {args.lr:g}; the rate can only fall")
-
-
-def resolve_model_arguments(args, world, protocol):
-    """The defaults that belong to the dataset and the device."""
-    if args.weights and not os.path.isfile(args.weights):
-        raise InputError(f"--weights {args.weights}: no such file; give a state dict, such as backbone.pth of a run")
-    args.backbone = args.backbone or ("vit_tiny" if args.dataset.startswith("shapes") else "dinov2_vits14")
-    args.image_size = args.image_size or protocol.image_size
-    if args.amp == "auto":
-        bf16 = world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.amp = "bf16" if bf16 else "off"
-    args.device = world.device.type

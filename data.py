@@ -40,7 +40,6 @@ from grpo_rm import IGNORE
 VOID = 255  # in masks: a pixel that takes no part
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as DINOv2 was trained with
 RESIDENT_BYTES = 4 * 2**30
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,13 +173,9 @@ def fetch_archive(what, root, home, url, md5, download, needed="."):
 
 def torchvision_set(name, root, download):
     """CIFAR-10, CIFAR-100 or STL-10 through torchvision, which checks the archives' MD5 sums."""
-    dataset, archive = {
-        "cifar10": (datasets.CIFAR10, "cifar-10-python.tar.gz"),
-        "cifar100": (datasets.CIFAR100, "cifar-100-python.tar.gz"),
-        "stl10": (datasets.STL10, "stl10_binary.tar.gz"),
-    }[name]
+    dataset = getattr(datasets, name.upper())
     which = [{"split": "train"}, {"split": "test"}] if name == "stl10" else [{"train": True}, {"train": False}]
-    with available(f"{name} in {root}", f"unpack {archive} there", download):
+    with available(f"{name} in {root}", f"unpack {dataset.filename} there", download):
         found = [dataset(str(root), download=download, **part) for part in which]
     if name == "stl10":
         return [array_split(list(x.classes), x.data.transpose(0, 2, 3, 1), x.labels) for x in found]
@@ -250,7 +245,7 @@ def class_folders(root):
 def image_files(folder):
     """Paths of the images right in `folder`, sorted by name, without hidden ones; none where there is no folder."""
     found = [entry for entry in os.scandir(folder) if entry.name[0] != "."] if folder.is_dir() else []
-    return sorted(entry.path for entry in found if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(entry.path for entry in found if Path(entry.name).suffix.lower() in datasets.folder.IMG_EXTENSIONS)
 
 
 def file_split(classes, samples):
@@ -372,8 +367,7 @@ def coco_stuff(root, download):
     parts = {"train2017": "cced6f7f71b7629ddf16f17bbcfab6b2", "val2017": "442b8da7639aecaf257c1dceb8ba8c80"}
     for part, md5 in parts.items():
         if not (masks / part).is_dir():
-            found = "the stuff-only pixelmaps there cannot be used; " if list(root.glob("**/*_pixelmaps")) else ""
-            raise InputError(f"coco_stuff: {masks / part} is missing; {found}unpack {source} into {masks}")
+            raise InputError(f"coco_stuff: {masks / part} is missing; unpack {source} into {masks}")
         fetch_archive("coco_stuff", root, root / part, f"http://images.cocodataset.org/zips/{part}.zip", md5, download)
     hint = f"the set has 0 to 181 and {VOID}. 182 and 183 mean the stuff-only pixelmaps, without things: use {source}"
     return [mask_split(COCO_CLASSES, pair_up(root / part, masks / part), COCO_TABLE, hint) for part in parts]

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 
 import cli
 from data import PROTOCOLS, resolve_dataset
-from eval_linear import add_evaluation_arguments, class_tokens
-from run import resolve_evaluation, write_result
+from features import add_evaluation_arguments, class_tokens, resolve_evaluation, write_result
 
 BLOCK = 2**26  # similarities held at once: 256 MiB
 
@@ -46,9 +45,7 @@ def knn_predict(train_features, train_labels, test_features, *, num_classes, k=5
 
 def parse_args(argv):
     parser = cli.ArgumentParser(__doc__)
-    cli.add_data_arguments(parser, list(PROTOCOLS["classification"]))
-    cli.add_model_arguments(parser)
-    add_evaluation_arguments(parser)
+    add_evaluation_arguments(parser, list(PROTOCOLS["classification"]))
     parser.add_argument("--k", type=cli.whole(1), default=5, help="neighbours; the paper's is 5")
     return parser.parse_args(argv)
 

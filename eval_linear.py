@@ -30,20 +30,10 @@ from torch import nn
 import cli
 from backbone import prepare_backbone
 from data import LINEAR, PROTOCOLS, VOID, Loader, load_data, random_generator, resolve_dataset
-from grpo_rm import Encoder, learning_rate
-from run import resolve_evaluation, write_result
+from features import CHUNK, PatchTokens, add_evaluation_arguments, class_tokens, resolve_evaluation, write_result
+from grpo_rm import learning_rate
 
 SCALES = [1.0, 1.32, 1.73]  # of "Multi Scale": the default of the segmentation notebook in DINOv2's repository
-CHUNK = 16  # images in a forward pass of segmentation, whatever the batch size and the number of processes
-KEPT_BYTES = 4 * 2**30  # patch tokens of a training split up to this size are kept, larger ones computed in every epoch
-
-
-def add_evaluation_arguments(parser):
-    """For both evaluations of frozen features."""
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--batch-size", type=cli.whole(1), help="images at a time, the layer's batch m; default: 1024, masks: 256")
-    add("--output", metavar="FILE.json", help="default: beside a run's weights, or in runs/<dataset>/frozen/seed<seed>")
-    parser.set_defaults(seed=None)  # that of the run
 
 
 def recipe(args):
@@ -53,26 +43,6 @@ def recipe(args):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Classification
-
-
-@torch.no_grad()
-def class_tokens(args, world):
-    """(features (n, D) float32, targets (n,)) of the training split and of the validation split, on every rank's
-    device, and the names of the classes. A token is computed on one rank and the others add zero: no digit depends on
-    the number of ranks."""
-    splits = load_data(args, world)
-    backbone, found = prepare_backbone(args, world), []
-    encoder = Encoder(backbone, "x_norm_clstoken", args.amp)
-    for split in splits:
-        features = torch.zeros(len(split), backbone.embed_dim, device=world.device)
-        targets = torch.zeros(len(split), dtype=torch.int64, device=world.device)
-        batches = Loader(split, args, world).in_order(args.batch_size)
-        for indices, images, labels in cli.progress(batches, "features", world):
-            features[indices], targets[indices] = encoder(images).float(), labels
-        for part in (features, targets) if dist.is_initialized() else ():
-            dist.all_reduce(part)
-        found.append((features, targets))
-    return *found, splits[0].classes
 
 
 def fit_softmax_regression(features, targets, num_classes, *, epochs, batch_size, lr, lr_end, seed):
@@ -139,46 +109,6 @@ def segmentation_scores(confusion):
         "miou": (per_class.sum() / (union > 0).sum().clamp(min=1)).item(),
         "per_class_iou": [iou if n else None for iou, n in zip(per_class.tolist(), union.tolist(), strict=True)],
     }
-
-
-class PatchTokens:
-    """The normalised patch tokens of the last `layers` layers side by side, with masks, of any lists of images."""
-
-    def __init__(self, backbone, loader, layers, amp):
-        self.backbone, self.loader, self.layers, self.amp, self.kept = backbone, loader, layers, amp, None
-        count, world, side = len(loader.split), loader.world, loader.sides[0] // backbone.patch_size
-        if count * side**2 * layers * backbone.embed_dim * 4 <= KEPT_BYTES:
-            batches = torch.arange(count).split(CHUNK * world.size)
-            parts = cli.progress(self.compute(batches), "features", world, len(batches))
-            self.kept = [torch.cat(part) for part in zip(*parts, strict=True)]
-
-    @torch.no_grad()
-    def of(self, images):
-        """images (B, 3, H, W) -> (B, layers * D, h, w)."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp == "bf16"):
-            tokens = self.backbone.get_intermediate_layers(images, n=self.layers, reshape=True)  # of (B, D, h, w) each
-        return torch.cat([layer.float() for layer in tokens], dim=1)
-
-    def batches(self, batches):
-        """(features (B, layers * D, h, w), masks (B, M, M) uint8) of every list of images."""
-        if self.kept is None:
-            return self.compute(batches)
-        return (tuple(part[batch.to(part.device)] for part in self.kept) for batch in batches)
-
-    def compute(self, batches):
-        """Every chunk of a batch on one rank, the others add zero: all ranks have the same digits for any number."""
-        world = self.loader.world
-        mine = self.loader.fetch([chunk for batch in batches for chunk in batch.split(CHUNK)[world.rank :: world.size]])
-        side, M = self.loader.sides[0] // self.backbone.patch_size, self.loader.args.map_size
-        for batch in batches:
-            features = torch.zeros(len(batch), self.layers * self.backbone.embed_dim, side, side, device=world.device)
-            masks = torch.zeros(len(batch), M, M, dtype=torch.uint8, device=world.device)
-            for places in torch.arange(len(batch)).split(CHUNK)[world.rank :: world.size]:
-                images, masks[places] = next(mine)
-                features[places] = self.of(images)
-            for part in (features, masks) if dist.is_initialized() else ():
-                dist.all_reduce(part)
-            yield features, masks
 
 
 def fit_segmenter(source, num_classes, *, epochs, batch_size, lr, lr_end, seed):
@@ -294,9 +224,7 @@ def evaluate_segmentation(args, world, path):
 
 def parse_args(argv):
     parser = cli.ArgumentParser(__doc__)
-    cli.add_data_arguments(parser, list(dict.fromkeys([*PROTOCOLS["classification"], *PROTOCOLS["segmentation"]])))
-    cli.add_model_arguments(parser)
-    add_evaluation_arguments(parser)
+    add_evaluation_arguments(parser, list(PROTOCOLS["classification"] | PROTOCOLS["segmentation"]))
     parser.add_argument("--epochs", type=cli.whole(1), default=50, help="epochs of the linear layer; the paper's is 50")
     parser.add_argument("--lr", type=cli.number(0, above=True), help="first learning rate; default: 1e-3 * m/256")
     parser.add_argument("--lr-end", type=cli.number(0), help="last learning rate; default: 1e-5 * m/256")

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cli import InputError, NotFinite, in_turn, resolve_model_arguments
+from cli import InputError, NotFinite, in_turn
 
 # A resumed run may have other values of these. report.py averages over them, but not over what a run started from.
 NEUTRAL = set(
@@ -51,17 +51,14 @@ def make_directory(path, flag):
 
 def environment(world):
     """What config.json says beside the arguments: source, versions, hardware."""
-
-    def git(*command):
-        with contextlib.suppress(OSError):  # there is no git
-            command = ["git", "-C", str(Path(__file__).parent), *command]
-            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-    cuda, modified = world.device.type == "cuda", git("status", "--porcelain", "-uno")
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*"]
+    commit = ""
+    with contextlib.suppress(OSError):  # there is no git
+        commit = subprocess.run([*describe, "--dirty=+modified"], capture_output=True, text=True).stdout.strip()
     return {
-        "git_commit": (git("rev-parse", "HEAD") or "unknown") + ("+modified" if modified else ""),
+        "git_commit": commit or "unknown",
         "torch_version": torch.__version__,
-        "device_name": torch.cuda.get_device_name(world.device) if cuda else "cpu",
+        "device_name": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
         "world_size": world.size,
     }
 
@@ -260,35 +257,3 @@ class Run:
         if kind not in self.warned:
             self.say(f"warning: {text}")
         self.warned.add(kind)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What an evaluation knows of a run
-
-
-def resolve_evaluation(args, world, protocol, name):
-    """Fill in what was left out from the config.json beside the weights: method, seed, backbone and, for the same
-    dataset, the image size. Returns where the result goes: args.output, else the file `name` beside the weights of a
-    run on the same dataset, or in the directory of the frozen baseline. Raises InputError."""
-    beside = Path(args.weights or "").parent / "config.json"
-    config = json.loads(beside.read_text()) if args.weights and beside.is_file() else {}
-    config = config if "method" in config else {}  # others' weights have a config.json too
-    args.method = config.get("method", "frozen")
-    args.fit_seed = args.seed if args.seed is not None else config.get("seed", 0)  # of the linear layer
-    args.seed = config.get("seed", args.fit_seed)
-    args.backbone, args.hub_repo = args.backbone or config.get("backbone"), args.hub_repo or config.get("hub_repo")
-    same = config.get("dataset") == args.dataset and (args.dataset != "folder" or config["data_root"] == args.data_root)
-    args.image_size = args.image_size or (config["image_size"] if same else None)
-    resolve_model_arguments(args, world, protocol)
-    if config and not same and not args.output:
-        raise InputError(f"--weights {args.weights} come from a run on another dataset; name the result with --output")
-    directory = Path(args.weights).parent if same else Path(f"runs/{args.dataset}/frozen/seed{args.seed}")
-    path = Path(args.output or directory / name)
-    make_directory(path.parent, "--output")
-    return path
-
-
-def write_result(path, args, result):
-    """Write an evaluation's scores and counts, which weights they are of, and all settings."""
-    settings = {k: v for k, v in vars(args).items() if k not in NEUTRAL or k in ("weights", "hub_repo", "data_root")}
-    write_json(path, settings | {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()})

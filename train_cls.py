@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import cli
-from backbone import prepare_backbone
+from backbone import add_model_arguments, prepare_backbone, resolve_model_arguments
 from data import PROTOCOLS, Loader, load_data, resolve_dataset
 from grpo_rm import ClassificationHead, Policy, train
 
@@ -27,7 +27,7 @@ PAPER = {"lr": 1e-3, "lr_end": 1e-5}  # for a batch of 256
 def parse_args(argv):
     parser = cli.ArgumentParser(__doc__)
     cli.add_data_arguments(parser, list(PROTOCOLS["classification"]))
-    cli.add_model_arguments(parser)
+    add_model_arguments(parser)
     cli.add_training_arguments(parser, **PAPER, batch_size=1024)
     parser.set_defaults(background_penalty=0.0)  # only train_seg.py has this flag
     return parser.parse_args(argv)
@@ -48,7 +48,9 @@ def head_accuracy(policy, loader, world):
 def main(argv=None):
     args = parse_args(argv)
     world = cli.start_processes(args.device)
-    cli.resolve_training_arguments(args, world, resolve_dataset(args, "classification"), **PAPER)
+    protocol = resolve_dataset(args, "classification")
+    resolve_model_arguments(args, world, protocol)
+    cli.resolve_training_arguments(args, protocol, **PAPER)
     train_split, val_split = load_data(args, world)
     args.classes, args.train_images = train_split.classes, len(train_split)
     backbone = prepare_backbone(args, world)

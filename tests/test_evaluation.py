@@ -16,7 +16,6 @@ from PIL import Image
 from soak_resume import read_log
 
 import backbone
-import cli
 import data
 import eval_knn
 import eval_linear
@@ -25,7 +24,8 @@ import train_seg
 from backbone import load_backbone
 from data import VOID, Loader, Split, load_splits
 from eval_knn import knn_predict
-from eval_linear import PatchTokens, confusion_matrix, fit_softmax_regression, predict, segmentation_scores
+from eval_linear import confusion_matrix, fit_softmax_regression, predict, segmentation_scores
+from features import PatchTokens, class_tokens
 
 SEGMENTATION = ["--device", "cpu", "--workers", "1", "--map-size", "8", "--epochs", "2", "--backbone", "vit_tiny"]
 SCENES = "--dataset shapes_seg --image-size 28 --limit-train 40 --limit-val 40".split()
@@ -214,7 +214,7 @@ def test_multiscale_features_are_the_last_four_layers():
 def test_kept_and_recomputed_tokens_give_the_same_layer(monkeypatch):
     recipe = {"epochs": 2, "batch_size": 20, "lr": 1e-2, "lr_end": 1e-3, "seed": 0}
     kept = tokens_of()
-    monkeypatch.setattr(eval_linear, "KEPT_BYTES", 0)
+    monkeypatch.setattr("features.KEPT_BYTES", 0)
     recomputed = tokens_of()
     assert kept.kept is not None and recomputed.kept is None
     one, other = (eval_linear.fit_segmenter(source, 11, **recipe).state_dict() for source in (kept, recomputed))
@@ -311,8 +311,8 @@ def run_stages(world, directory):
     """Class tokens, and patch tokens kept and computed anew, with targets and masks; then the scripts."""
     flags = "--limit-train 50 --limit-val 20 --batch-size 16 --workers 2 --seed 0 --backbone vit_tiny".split()
     args = eval_linear.parse_args(flags)
-    cli.resolve_model_arguments(args, world, data.resolve_dataset(args, "classification"))
-    train, val, _ = eval_linear.class_tokens(args, world)
+    backbone.resolve_model_arguments(args, world, data.resolve_dataset(args, "classification"))
+    train, val, _ = class_tokens(args, world)
     source, batches = tokens_of(1, world), [torch.arange(36, -1, -1)]
     (kept,) = source.batches(batches)
     (computed,) = source.compute(batches)

@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT
 from soak_resume import read_log
 
+import backbone
 import cli
 import data
 import grpo_rm
@@ -59,7 +60,8 @@ def make_step(task, amp, compiled):
     script, flags = (train_cls, SHAPES) if task == "cls" else (train_seg, SCENES)
     args = script.parse_args([*flags, "--amp", amp, "--ratio-floor", "0", *compiled])
     protocol = data.resolve_dataset(args, "classification", "segmentation")
-    cli.resolve_training_arguments(args, WORLD, protocol, **script.PAPER)
+    backbone.resolve_model_arguments(args, WORLD, protocol)
+    cli.resolve_training_arguments(args, protocol, **script.PAPER)
     split, _ = data.load_data(args, WORLD)
     head = ClassificationHead(96, 10) if task == "cls" else SegmentationHead(96, 11, 64, args.map_size)
     policy = Policy(grpo_rm.load_backbone("vit_tiny"), head, args.amp).to("cuda")

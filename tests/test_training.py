@@ -11,6 +11,7 @@ import torch
 from conftest import CPU, TINY, in_processes, read_json, stderr_of
 from soak_resume import read_log
 
+import backbone
 import cli
 import data
 import demo
@@ -40,7 +41,8 @@ def weights(directory, name="backbone.pth"):
 def parse(script, *flags):
     args = script.parse_args(["--device", "cpu", *map(str, flags)])
     protocol = data.resolve_dataset(args, "classification", "segmentation")
-    cli.resolve_training_arguments(args, CPU, protocol, **script.PAPER)
+    backbone.resolve_model_arguments(args, CPU, protocol)
+    cli.resolve_training_arguments(args, protocol, **script.PAPER)
     return args
 
 
