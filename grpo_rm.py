@@ -178,7 +178,7 @@ class SegmentationHead(ClassificationHead):
         side = math.isqrt(tokens.shape[1])
         x = self[0](tokens.to(self[0].weight.dtype)).transpose(1, 2).unflatten(2, (side, side))  # (B, hidden, h, w)
         x = F.interpolate(x, size=(self.map_size, self.map_size), mode="bilinear")  # (B, hidden, M, M)
-        return F.conv2d(x.relu(), self[2].weight[:, :, None, None], self[2].bias)  # (B, G, M, M)
+        return F.conv2d(x.relu_(), self[2].weight[:, :, None, None], self[2].bias)  # (B, G, M, M)
 
 
 class Encoder(nn.Module):
