@@ -8,34 +8,12 @@ import warnings
 
 import torch
 
-from cli import InputError, first_line, in_turn, whole
+from cli import InputError, first_line
 from demo import VitTiny
+from distributed import in_turn
 
 HUB_REPO = "facebookresearch/dinov2:b8931f7bf91576930313be2c6d6af376033b35f0"  # pinned: else each call asks the network
 DINOV2 = [f"dinov2_vit{size}14{registers}" for size in "sblg" for registers in ("", "_reg")]
-
-
-def add_model_arguments(parser):
-    """Backbone, device and precision."""
-    add = parser.add_argument_group("model and machine").add_argument
-    add("--backbone", help="dinov2_vit{s,b,l,g}14[_reg], vit_tiny, or one of --hub-repo; the paper's is dinov2_vits14")
-    add("--hub-repo", help="owner/repo[:ref], or a local directory with hub code (random weights unless --weights)")
-    add("--weights", help="state dict that the backbone starts from; every name and shape must match")
-    add("--seed", type=whole(0, 2**32 - 1), default=0, help="of weights, batches, augmentation; the paper has 5")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto is cuda where there is one")
-    add("--amp", choices=["auto", "bf16", "off"], default="auto", help="mixed precision; auto: bf16 on a GPU that can")
-
-
-def resolve_model_arguments(args, world, protocol):
-    """The defaults that belong to the dataset and the device."""
-    if args.weights and not os.path.isfile(args.weights):
-        raise InputError(f"--weights {args.weights}: no such file; give a state dict, such as backbone.pth of a run")
-    args.backbone = args.backbone or ("vit_tiny" if args.dataset.startswith("shapes") else "dinov2_vits14")
-    args.image_size = args.image_size or protocol.image_size
-    if args.amp == "auto":
-        bf16 = world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.amp = "bf16" if bf16 else "off"
-    args.device = world.device.type
 
 
 def load_backbone(name, *, hub_repo=None, weights=None):

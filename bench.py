@@ -9,7 +9,6 @@ number is the median over the turns (least to largest). Other work on the machin
 
 import copy
 import functools
-import sys
 import timeit
 from collections import namedtuple
 from pathlib import Path
@@ -21,10 +20,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import cli
 import train_cls
-from backbone import add_model_arguments, load_backbone, resolve_model_arguments
+from backbone import load_backbone
 from data import PROTOCOLS, Loader, Split
+from distributed import Meter, start_processes
 from grpo_rm import ClassificationHead, Policy, SegmentationHead, grpo_rm_loss, make_loss, make_optimizer, training_step
-from run import Meter, environment, make_directory, write_json
+from run import environment, make_directory, write_json
 
 LOSS_SHAPES = [(131072, 21), (65536, 171), (1024, 1000)]  # (N, G): pixels of VOC and of COCO-stuff, a batch of ImageNet
 # Table 5: seconds of an epoch and GB on two H200s (fine-tuning, GRPO-RM), multiply-accumulates of a batch's forward.
@@ -156,7 +156,7 @@ def table(rows):
 @cli.stage
 def main(argv=None):
     parser = cli.ArgumentParser(__doc__)
-    add_model_arguments(parser)
+    cli.add_model_arguments(parser)
     add = parser.add_argument_group("benchmark").add_argument
     add("--repeats", type=cli.whole(1), default=9, help="turns that the medians are taken over")
     add("--threads", type=cli.whole(1), help="CPU threads of torch; default: its own choice")
@@ -165,10 +165,10 @@ def main(argv=None):
     add("--output", metavar="FILE.json", help="all measurements")
     args = parser.parse_args(argv)
     make_directory(Path(args.output or ".").parent, "--output")
-    world = cli.start_processes(args.device)
+    world = start_processes(args.device)
     args.dataset, args.image_size = "tiny_imagenet", None
     args.backbone = args.backbone or ("dinov2_vits14" if world.device.type == "cuda" else "vit_tiny")
-    resolve_model_arguments(args, world, PROTOCOLS["classification"]["tiny_imagenet"])
+    cli.resolve_model_arguments(args, world, PROTOCOLS["classification"]["tiny_imagenet"])
     torch.set_num_threads(args.threads or torch.get_num_threads())
     torch.set_float32_matmul_precision("high")  # as in training
     torch._dynamo.config.suppress_errors = True  # without a compiler: eager, with a warning
@@ -182,7 +182,7 @@ def main(argv=None):
         try:
             steps.append(measure_steps(row, args, world))
         except torch.OutOfMemoryError:
-            print(f"{row.setting}: left out, {row.batch_size} images do not fit into this GPU", file=sys.stderr)
+            print(f"{row.setting}: left out, {row.batch_size} images do not fit into this GPU")
     if steps:
         table([line for step in steps for line in step["methods"]])
     print("## Loader: crop, flip and resize of images of Tiny-ImageNet's size, decoded before\n")

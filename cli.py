@@ -1,20 +1,16 @@
-"""What the scripts share: bad input in one line, the processes that torchrun started, the arguments."""
+"""The command line: bad input in one line, the arguments that the scripts share."""
 
 import argparse
-import contextlib
 import functools
 import math
 import os
 import signal
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 
 class InputError(ValueError):
@@ -58,52 +54,6 @@ def end(status, message):
     rank = f" [rank {os.environ['RANK']}]" if os.environ.get("RANK", "0") != "0" else ""
     print(f"{Path(sys.argv[0]).name}:{rank} {message}", file=sys.stderr, flush=True)
     raise SystemExit(status) from None
-
-
-class World(NamedTuple):
-    """This process among those that torchrun started; without torchrun rank 0 of size 1, and no process group."""
-
-    rank: int
-    local_rank: int
-    size: int
-    device: torch.device
-    store: dist.Store | None = None
-
-
-def start_processes(device="auto"):
-    """Join torchrun's process group (nccl on GPUs, gloo on the CPU) -> World. device: "auto", "cpu" or "cuda"."""
-    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-    cuda = torch.cuda.is_available() and device != "cpu"
-    if device == "cuda" and not cuda:
-        raise InputError("--device cuda: no CUDA device here; use --device cpu")
-    if cuda and local_rank >= torch.cuda.device_count():
-        raise InputError(f"more processes than GPUs ({torch.cuda.device_count()}); lower --nproc_per_node")
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if "RANK" not in os.environ:
-        return World(0, 0, 1, device)
-    store, rank, size = next(dist.rendezvous("env://"))
-    where = {"backend": "nccl", "device_id": device} if cuda else {"backend": "gloo"}
-    dist.init_process_group(store=store, rank=rank, world_size=size, **where)
-    return World(rank, local_rank, size, device, store)
-
-
-@contextlib.contextmanager
-def in_turn(world, what):
-    """Rank 0, then one rank of every other node, then all others: what is missing is downloaded once, whether the nodes
-    share a file system or not. They wait in the store, which no collective's time limit touches. `what`: its key."""
-    node = os.environ.get("GROUP_RANK", "0")
-    if world.rank != 0:
-        world.store.wait([f"{what} {'0' if world.local_rank == 0 else node}"], timedelta(days=7))
-    yield
-    if world.local_rank == 0 and world.store:
-        world.store.set(f"{what} {node}", "done")
-
-
-def progress(items, label, world, total=None):
-    """`items` with a progress bar on rank 0's terminal."""
-    return tqdm(items, label, total, leave=False, disable=None if world.rank == 0 else True)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -153,6 +103,17 @@ def add_data_arguments(parser, names):
     add("--workers", type=whole(0), default=min(8, os.cpu_count() or 1), help="decoding threads of each rank")
 
 
+def add_model_arguments(parser):
+    """Backbone, device and precision."""
+    add = parser.add_argument_group("model and machine").add_argument
+    add("--backbone", help="dinov2_vit{s,b,l,g}14[_reg], vit_tiny, or one of --hub-repo; the paper's is dinov2_vits14")
+    add("--hub-repo", help="owner/repo[:ref], or a local directory with hub code (random weights unless --weights)")
+    add("--weights", help="state dict that the backbone starts from; every name and shape must match")
+    add("--seed", type=whole(0, 2**32 - 1), default=0, help="of weights, batches, augmentation; the paper has 5")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto is cuda where there is one")
+    add("--amp", choices=["auto", "bf16", "off"], default="auto", help="mixed precision; auto: bf16 on a GPU that can")
+
+
 def add_training_arguments(parser, *, lr, lr_end, batch_size):
     """Objective, optimisation and files of a run; the paper's batch_size and, for a batch of 256, lr and lr_end."""
     add = parser.add_argument_group("objective").add_argument
@@ -188,8 +149,9 @@ def add_training_arguments(parser, *, lr, lr_end, batch_size):
     add("--compile", action="store_true", help="torch.compile of backbones and loss: some minutes once, then faster")
 
 
-def resolve_training_arguments(args, protocol, *, lr, lr_end):
+def resolve_training_arguments(args, world, protocol, *, lr, lr_end):
     """Fill in defaults that depend on others. protocol: data.Protocol; lr, lr_end: the paper's for a batch of 256."""
+    resolve_model_arguments(args, world, protocol)
     resolve_learning_rate(args, lr, lr_end)
     if args.warmup_epochs is None:
         args.warmup_epochs = min(5.0, args.epochs / 5)
@@ -205,3 +167,15 @@ def resolve_learning_rate(args, lr, lr_end):
     args.lr_end = min(args.lr, lr_end * args.batch_size / 256) if args.lr_end is None else args.lr_end
     if args.lr_end > args.lr:
         raise InputError(f"--lr-end {args.lr_end:g} is above --lr {args.lr:g}; the rate can only fall")
+
+
+def resolve_model_arguments(args, world, protocol):
+    """The defaults that belong to the dataset and the device."""
+    if args.weights and not os.path.isfile(args.weights):
+        raise InputError(f"--weights {args.weights}: no such file; give a state dict, such as backbone.pth of a run")
+    args.backbone = args.backbone or ("vit_tiny" if args.dataset.startswith("shapes") else "dinov2_vits14")
+    args.image_size = args.image_size or protocol.image_size
+    if args.amp == "auto":
+        bf16 = world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.amp = "bf16" if bf16 else "off"
+    args.device = world.device.type

@@ -33,8 +33,9 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 from torchvision.transforms import InterpolationMode, v2
 
-from cli import InputError, first_line, in_turn, progress
+from cli import InputError, first_line
 from demo import SHAPES, draw_scene, draw_shape
+from distributed import in_turn, progress
 from grpo_rm import IGNORE
 
 VOID = 255  # in masks: a pixel that takes no part
@@ -195,8 +196,6 @@ def tiny_imagenet(root, download):
     with available("tiny_imagenet", remedy, download):
         classes = (home / "wnids.txt").read_text().split()
         folders = [image_files(home / "train" / wnid / "images") for wnid in classes]
-        if len({len(folder) for folder in folders}) != 1 or not folders[0]:
-            raise OSError("its classes do not have equally many images")
     train = [(file, label) for label, folder in enumerate(folders) for file in folder]
     rows = [line.split("\t")[:2] for line in (home / labels).read_text().splitlines()]
     val = [(str(home / "val" / "images" / file), classes.index(wnid)) for file, wnid in rows]
@@ -223,8 +222,8 @@ def class_folders(root):
     names, samples = {}, {"train": [], "val": []}
     for part in samples:
         if not (root / part).is_dir():
-            raise InputError(f"--data-root {root}: {part}/ is missing; a folder set is train/<class>/*, val/<class>/*, "
-                             "or for segmentation images/{train,val}/*, masks/{train,val}/*.png")  # fmt: skip
+            raise InputError(f"--data-root {root}: {part}/ is missing; needed are {{train,val}}/<class>/*, or for "
+                             "segmentation images/{train,val}/*, masks/{train,val}/*.png")  # fmt: skip
         names[part] = sorted(x.name for x in os.scandir(root / part) if x.is_dir() and x.name[0] != ".")
     if len(names["train"]) < 2:
         raise InputError(f"{root / 'train'} has {len(names['train'])} class folders; needed are two at least")
@@ -233,12 +232,10 @@ def class_folders(root):
             files = image_files(root / part / name)
             if name not in names["train"]:
                 raise InputError(f"{root / part / name}: no such class in {root / 'train'}; rename or remove it")
-            if part == "train" and not files:
+            if not files:
                 raise InputError(f"{root / part / name} holds no image; add some or remove it")
             label = names["train"].index(name)
             samples[part] += [(file, label) for file in files]
-    if not samples["val"]:
-        raise InputError(f"{root / 'val'} holds no image in class folders; add some")
     return [file_split(names["train"], samples[part]) for part in samples]
 
 
@@ -315,14 +312,13 @@ def mask_split(classes, pairs, table, hint=""):
     hint = hint or f"labels are 0 to {len(classes) - 1}, and {VOID} for void; correct the mask or the list of classes"
 
     def read(i):
-        (image_file, mask_file), image = files[i], read_image(str(files[i, 0]))
-        labels = read_labels(str(mask_file))
+        image_file, mask_file = map(str, files[i])
+        image, labels = read_image(image_file), read_labels(mask_file)
         mask = np.where((labels >= 0) & (labels < 256), table[labels & 255], -1)
         if (mask < 0).any():
             raise InputError(f"mask {mask_file} has label {labels[mask < 0].max()}; {hint}")
         if image.size != mask.shape[::-1]:
-            raise InputError(f"mask {mask_file} is {mask.shape[1]} x {mask.shape[0]} pixels, its image {image_file} "
-                             f"{image.size[0]} x {image.size[1]}; they must be equal")  # fmt: skip
+            raise InputError(f"mask {mask_file} is {mask.shape[::-1]} pixels, its image {image.size}; make them equal")
         return image, mask.astype(np.uint8)
 
     return Split(classes, len(files), read, masks=True)
@@ -406,11 +402,8 @@ def random_generator(purpose, *key):
 
 def square(image, side, margin=1.0):
     """The centre of `image` as (side, side, 3) uint8, after a bicubic resize of its shorter side to side * margin."""
-    shorter = round(side * margin)
-    scale = shorter / min(image.size)
-    image = image.resize([max(shorter, round(length * scale)) for length in image.size], Image.Resampling.BICUBIC)
-    left, top = ((length - side) // 2 for length in image.size)
-    return np.asarray(image.crop((left, top, left + side, top + side)))
+    image = v2.functional.resize(image, [round(side * margin)], InterpolationMode.BICUBIC)
+    return np.asarray(v2.functional.center_crop(image, [side]))
 
 
 def resize(images, side):
@@ -441,11 +434,6 @@ def to_input(pixels, image_size):
     for channel, mean, std in zip(images.unbind(1), MEAN, STD, strict=True):
         channel.sub_(255 * mean).div_(255 * std)
     return images
-
-
-def to_device(tensor, device):
-    """A copy on `device`, from pinned memory, so that the host does not wait for what a GPU has still to do."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -493,13 +481,13 @@ class Loader:
             if self.augment:  # drawn for the whole global batch: the same whatever the number of ranks
                 generator, total = random_generator(AUGMENT, self.args.seed, epoch, start + step), len(batches[step])
                 shifts = torch.randint(0, 2 * self.pad + 1, (total, 2), generator=generator)[place]
-                flips = to_device((torch.rand(total, generator=generator) < 0.5)[place], images.device)
+                flips = (torch.rand(total, generator=generator) < 0.5)[place].to(images.device, non_blocking=True)
                 if self.split.masks:
                     flips = flips[:, None, None]
                     images = torch.where(flips[..., None], images.flip(2), images)
                     targets = torch.where(flips, targets.flip(2), targets)
                 else:
-                    images = pad_crop_flip(images, to_device(shifts, images.device), flips, self.pad)
+                    images = pad_crop_flip(images, shifts.to(images.device, non_blocking=True), flips, self.pad)
             targets = targets.long().masked_fill_(targets == VOID, IGNORE) if self.split.masks else targets
             targets = targets if len(places[step]) else torch.full_like(targets, IGNORE)
             yield to_input(images, self.args.image_size), targets
@@ -520,7 +508,7 @@ class Loader:
     def pixels(self, batches, key=()):
         """As `fetch`, but images are (B, S, S, 3) uint8, as decoded; `key` is for what is drawn at random there."""
         if self.resident:
-            on_device = (to_device(indices, self.world.device) for indices in batches)
+            on_device = (indices.to(self.world.device, non_blocking=True) for indices in batches)
             yield from (tuple(part[indices] for part in self.resident) for indices in on_device)
             return
 
@@ -538,8 +526,7 @@ class Loader:
         for parts in DataLoader(list(batches), batch_size=None, collate_fn=load, **options):
             if isinstance(parts, InputError):
                 raise parts
-            device = self.world.device
-            yield tuple(part if isinstance(part, list) else part.to(device, non_blocking=True) for part in parts)
+            yield [x if isinstance(x, list) else x.to(self.world.device, non_blocking=True) for x in parts]
 
     def decode(self, i, key=()):
         """Sample i: pixels (S, S, 3) uint8 for each side, and target or mask. A random crop depends on i and key."""

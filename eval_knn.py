@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import cli
+import distributed
 from data import PROTOCOLS, resolve_dataset
 from features import add_evaluation_arguments, class_tokens, resolve_evaluation, write_result
 
@@ -53,7 +54,7 @@ def parse_args(argv):
 @cli.stage
 def main(argv=None):
     args = parse_args(argv)
-    world = cli.start_processes(args.device)
+    world = distributed.start_processes(args.device)
     path = resolve_evaluation(args, world, resolve_dataset(args, "classification"), "eval_knn.json")
     args.batch_size = args.batch_size or 1024
     train, val, classes = class_tokens(args, world)

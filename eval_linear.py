@@ -28,8 +28,10 @@ from PIL import Image
 from torch import nn
 
 import cli
+import distributed
 from backbone import prepare_backbone
 from data import LINEAR, PROTOCOLS, VOID, Loader, load_data, random_generator, resolve_dataset
+from distributed import progress
 from features import CHUNK, PatchTokens, add_evaluation_arguments, class_tokens, resolve_evaluation, write_result
 from grpo_rm import learning_rate
 
@@ -123,7 +125,7 @@ def fit_segmenter(source, num_classes, *, epochs, batch_size, lr, lr_end, seed):
     segmenter = nn.Sequential(nn.BatchNorm2d(embed_dim), linear).to(world.device)
     optimizer = torch.optim.Adam(segmenter.parameters(), lr=lr, weight_decay=0.0)
     steps_per_epoch = -(-count // batch_size)
-    for epoch in cli.progress(range(epochs), "linear layer", world):
+    for epoch in progress(range(epochs), "linear layer", world):
         batches = torch.randperm(count, generator=generator).split(batch_size)
         for step, (features, masks) in enumerate(source.batches(batches), epoch * steps_per_epoch):
             optimizer.param_groups[0]["lr"] = learning_rate(step, epochs * steps_per_epoch, 0, lr, lr_end)
@@ -161,7 +163,7 @@ def confusion_of(source, segmenter, split, args, world, directory):
     patch, scales = source.backbone.patch_size, SCALES if args.features == "multiscale" else [1.0]
     sides = [max(1, round(args.image_size * scale / patch)) * patch for scale in scales]
     chunks = Loader(split, args, world, sides=sides, native=True).in_order(CHUNK)
-    for indices, *scaled, masks in cli.progress(chunks, "scores", world):
+    for indices, *scaled, masks in progress(chunks, "scores", world):
         logits = [segmenter(source.of(images)) for images in scaled]
         if args.features == "multiscale":  # the mirror images too, mirrored back
             logits += [segmenter(source.of(images.flip(-1))).flip(-1) for images in scaled]
@@ -239,7 +241,7 @@ def parse_args(argv):
 @cli.stage
 def main(argv=None):
     args = parse_args(argv)
-    world = cli.start_processes(args.device)
+    world = distributed.start_processes(args.device)
     protocol = resolve_dataset(args, "classification", "segmentation")
     name = "eval_linear.json" if args.features == "linear" else "eval_linear_multiscale.json"
     path = resolve_evaluation(args, world, protocol, name)

@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 
 import cli
-from backbone import add_model_arguments, prepare_backbone, resolve_model_arguments
+from backbone import prepare_backbone
 from data import Loader, load_data
+from distributed import progress
 from grpo_rm import Encoder
 from run import NEUTRAL, make_directory, write_json
 
@@ -19,7 +20,7 @@ KEPT_BYTES = 4 * 2**30  # patch tokens of a training split up to this size are k
 def add_evaluation_arguments(parser, names):
     """Those of both evaluations; `names` of datasets that the script serves, the default first."""
     cli.add_data_arguments(parser, names)
-    add_model_arguments(parser)
+    cli.add_model_arguments(parser)
     add = parser.add_argument_group("evaluation").add_argument
     add("--batch-size", type=cli.whole(1), help="images at a time, the layer's batch m; default: 1024, masks: 256")
     add("--output", metavar="FILE.json", help="default: beside a run's weights, or in runs/<dataset>/frozen/seed<seed>")
@@ -39,7 +40,7 @@ def resolve_evaluation(args, world, protocol, name):
     args.backbone, args.hub_repo = args.backbone or config.get("backbone"), args.hub_repo or config.get("hub_repo")
     same = config.get("dataset") == args.dataset and (args.dataset != "folder" or config["data_root"] == args.data_root)
     args.image_size = args.image_size or (config["image_size"] if same else None)
-    resolve_model_arguments(args, world, protocol)
+    cli.resolve_model_arguments(args, world, protocol)
     if config and not same and not args.output:
         raise cli.InputError(f"--weights {args.weights} come from a run on another dataset; give the result's --output")
     directory = Path(args.weights).parent if same else Path(f"runs/{args.dataset}/frozen/seed{args.seed}")
@@ -60,7 +61,7 @@ def class_tokens(args, world):
         features = torch.zeros(len(split), backbone.embed_dim, device=world.device)
         targets = torch.zeros(len(split), dtype=torch.int64, device=world.device)
         batches = Loader(split, args, world).in_order(args.batch_size)
-        for indices, images, labels in cli.progress(batches, "features", world):
+        for indices, images, labels in progress(batches, "features", world):
             features[indices], targets[indices] = encoder(images).float(), labels
         for part in (features, targets) if dist.is_initialized() else ():
             dist.all_reduce(part)
@@ -76,7 +77,7 @@ class PatchTokens:
         count, world, side = len(loader.split), loader.world, loader.sides[0] // backbone.patch_size
         if count * side**2 * layers * backbone.embed_dim * 4 <= KEPT_BYTES:
             batches = torch.arange(count).split(CHUNK * world.size)
-            parts = cli.progress(self.compute(batches), "features", world, len(batches))
+            parts = progress(self.compute(batches), "features", world, len(batches))
             self.kept = [torch.cat(part) for part in zip(*parts, strict=True)]
 
     @torch.no_grad()

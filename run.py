@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import functools
 import json
 import os
 import signal
@@ -15,7 +14,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cli import InputError, NotFinite, in_turn
+from cli import InputError, NotFinite
+from distributed import Meter, in_turn, merge
 
 # A resumed run may have other values of these. report.py averages over them, but not over what a run started from.
 NEUTRAL = set(
@@ -61,40 +61,6 @@ def environment(world):
         "device_name": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
         "world_size": world.size,
     }
-
-
-class Meter:
-    """Means over samples since the last reading, and peaks. Sums stay on the device, so that no step waits for it."""
-
-    def __init__(self):
-        self.pairs = {}  # {name: (sum, weight)}, or (peak, 1) where the name begins with max_
-
-    def add(self, samples, stats):
-        """stats: {name: mean over so many samples, or peak}."""
-        for name, value in stats.items():
-            value = torch.as_tensor(value, dtype=torch.float64)
-            if name.startswith("max_"):
-                self.pairs[name] = torch.maximum(value, self.pairs.get(name, (value,))[0]), 1
-            else:
-                total, weight = self.pairs.get(name, (0, 0))
-                self.pairs[name] = total + value * samples, weight + samples
-
-    def read(self, world):
-        """{name: [sum, weight] or [peak, 1]} over all processes; the meter starts anew."""
-        numbers = [number for pair in self.pairs.values() for number in pair]
-        table = torch.stack([torch.as_tensor(number, dtype=torch.float64, device=world.device) for number in numbers])
-        tables = [table]
-        if dist.is_initialized():
-            tables = [torch.empty_like(table) for _ in range(world.size)]
-            dist.all_gather(tables, table)
-        names, self.pairs = list(self.pairs), {}
-        pairs = zip(names, *torch.stack(tables).view(world.size, -1, 2).tolist(), strict=True)
-        return {name: functools.reduce(merge(name), of_ranks) for name, *of_ranks in pairs}
-
-
-def merge(name):
-    """How two pairs of a meter become one."""
-    return lambda a, b: [max(a[0], b[0]), 1] if name.startswith("max_") else [a[0] + b[0], a[1] + b[1]]
 
 
 class Run:
@@ -185,13 +151,13 @@ class Run:
         self.meter.add(1, {"max_signal": self.signal})
         reading = self.meter.read(self.world)
         self.stop = int(reading.pop("max_signal")[0])
-        finite, steps = reading.pop("finite")
+        finite, steps = reading.pop("finite").tolist()
         if finite < steps:  # from the first on none is finite
             first = step - round((steps - finite) / self.world.size) + 1
             raise NotFinite(f"the loss or the gradient is not finite at step {first}, nothing is saved after it; try a "
                             "lower --lr or --max-grad-norm 1, in another --output-dir")  # fmt: skip
-        reading["seconds"] = [time.monotonic() - self.window_started, 0]
-        self.epoch = {name: merge(name)(self.epoch.get(name, [0, 0]), pair) for name, pair in reading.items()}
+        reading["seconds"] = torch.tensor([time.monotonic() - self.window_started, 0], dtype=torch.float64)
+        self.epoch = {name: merge(name, self.epoch.get(name, 0 * pair), pair) for name, pair in reading.items()}
         values = self.log("step", step, lr, reading)
         self.bar.set_postfix_str(f"loss {values['loss']:.4g}", refresh=False)
         if values.get("max_ratio", 0) > 1e4:
@@ -202,7 +168,7 @@ class Run:
     def log_epoch(self, step, lr, metrics):
         """The epoch's line: means, seconds of training, this process's peak memory, and what validation measured."""
         peak = torch.cuda.max_memory_allocated() / 1e9 if self.world.device.type == "cuda" else None
-        cost = {"seconds": self.epoch["seconds"][0], "peak_memory_gb": peak}
+        cost = {"seconds": self.epoch["seconds"][0].item(), "peak_memory_gb": peak}
         values, epoch = self.log("epoch", step, lr, self.epoch, **cost, **metrics), self.epoch_of(step) + 1
         accuracy, chance = 100 * values["accuracy"], 100 / len(self.args.classes)
         ratio = f"  rho <= {values['max_ratio']:.3g}" if "max_ratio" in values else ""
@@ -216,8 +182,9 @@ class Run:
 
     def log(self, event, step, lr, reading, **more):
         """Append a line with the means of a meter's reading; returns them."""
-        values = {k: total / max(weight, 1) for k, (total, weight) in reading.items() if k not in ("seconds", "images")}
-        values |= {"lr": lr, "images_per_s": reading["images"][0] / reading["seconds"][0]}
+        images, seconds = (reading.pop(name)[0].item() for name in ("images", "seconds"))
+        values = {name: (total / weight.clamp(min=1)).item() for name, (total, weight) in reading.items()}
+        values |= {"lr": lr, "images_per_s": images / seconds}
         if self.world.rank == 0:
             line = {"event": event, "epoch": self.epoch_of(step), "step": step} | values | more
             self.log_file.write(json.dumps(line, allow_nan=False).encode() + b"\n")

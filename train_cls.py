@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 import cli
-from backbone import add_model_arguments, prepare_backbone, resolve_model_arguments
+import distributed
+from backbone import prepare_backbone
 from data import PROTOCOLS, Loader, load_data, resolve_dataset
 from grpo_rm import ClassificationHead, Policy, train
 
@@ -27,7 +28,7 @@ PAPER = {"lr": 1e-3, "lr_end": 1e-5}  # for a batch of 256
 def parse_args(argv):
     parser = cli.ArgumentParser(__doc__)
     cli.add_data_arguments(parser, list(PROTOCOLS["classification"]))
-    add_model_arguments(parser)
+    cli.add_model_arguments(parser)
     cli.add_training_arguments(parser, **PAPER, batch_size=1024)
     parser.set_defaults(background_penalty=0.0)  # only train_seg.py has this flag
     return parser.parse_args(argv)
@@ -47,10 +48,8 @@ def head_accuracy(policy, loader, world):
 @cli.stage
 def main(argv=None):
     args = parse_args(argv)
-    world = cli.start_processes(args.device)
-    protocol = resolve_dataset(args, "classification")
-    resolve_model_arguments(args, world, protocol)
-    cli.resolve_training_arguments(args, protocol, **PAPER)
+    world = distributed.start_processes(args.device)
+    cli.resolve_training_arguments(args, world, resolve_dataset(args, "classification"), **PAPER)
     train_split, val_split = load_data(args, world)
     args.classes, args.train_images = train_split.classes, len(train_split)
     backbone = prepare_backbone(args, world)

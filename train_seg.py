@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 
 import cli
-from backbone import add_model_arguments, prepare_backbone, resolve_model_arguments
+import distributed
+from backbone import prepare_backbone
 from data import PROTOCOLS, Loader, load_data, resolve_dataset
 from eval_linear import confusion_matrix, segmentation_scores
 from grpo_rm import Policy, SegmentationHead, train
@@ -32,7 +33,7 @@ PAPER = {"lr": 1e-5, "lr_end": 1e-7}  # for a batch of 256
 def parse_args(argv):
     parser = cli.ArgumentParser(__doc__)
     cli.add_data_arguments(parser, list(PROTOCOLS["segmentation"]))
-    add_model_arguments(parser)
+    cli.add_model_arguments(parser)
     cli.add_training_arguments(parser, **PAPER, batch_size=256)
     add = parser.add_argument_group("segmentation").add_argument
     add("--map-size", type=cli.whole(1), default=128, help="side of the map of classified pixels; the paper's is 128")
@@ -57,10 +58,8 @@ def head_scores(policy, loader, world):
 @cli.stage
 def main(argv=None):
     args = parse_args(argv)
-    world = cli.start_processes(args.device)
-    protocol = resolve_dataset(args, "segmentation")
-    resolve_model_arguments(args, world, protocol)
-    cli.resolve_training_arguments(args, protocol, **PAPER)
+    world = distributed.start_processes(args.device)
+    cli.resolve_training_arguments(args, world, resolve_dataset(args, "segmentation"), **PAPER)
     train_split, val_split = load_data(args, world)
     args.classes, args.train_images = train_split.classes, len(train_split)
     backbone = prepare_backbone(args, world)

@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-import cli
+import distributed
 import grpo_rm
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU = cli.World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+CPU = distributed.World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 DATA = Path(os.environ.get("GRPO_RM_TEST_DATA", ROOT.parent / "shared" / "data"))  # real images, where they are
 TINY = ["--device", "cpu", "--workers", "2", "--limit-train", "100", "--limit-val", "40"]  # of the embedded shapes
 TORCHRUN = ["-m", "torch.distributed.run"]
@@ -71,8 +71,8 @@ def one_of_several(rank, function, size, port, arguments):
     if size > 1:
         os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{size}")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
-    world = cli.start_processes("cpu")
-    cli.start_processes = lambda device: world  # a script joins in
+    world = distributed.start_processes("cpu")
+    distributed.start_processes = lambda device: world  # a script joins in
     function(world, *arguments)
     if size > 1:
         torch.distributed.destroy_process_group()

@@ -16,6 +16,7 @@ from PIL import Image
 from soak_resume import read_log
 
 import backbone
+import cli
 import data
 import eval_knn
 import eval_linear
@@ -311,7 +312,7 @@ def run_stages(world, directory):
     """Class tokens, and patch tokens kept and computed anew, with targets and masks; then the scripts."""
     flags = "--limit-train 50 --limit-val 20 --batch-size 16 --workers 2 --seed 0 --backbone vit_tiny".split()
     args = eval_linear.parse_args(flags)
-    backbone.resolve_model_arguments(args, world, data.resolve_dataset(args, "classification"))
+    cli.resolve_model_arguments(args, world, data.resolve_dataset(args, "classification"))
     train, val, _ = class_tokens(args, world)
     source, batches = tokens_of(1, world), [torch.arange(36, -1, -1)]
     (kept,) = source.batches(batches)

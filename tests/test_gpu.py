@@ -12,17 +12,17 @@ import torch
 from conftest import ROOT
 from soak_resume import read_log
 
-import backbone
 import cli
 import data
+import distributed
 import grpo_rm
 import train_cls
 import train_seg
+from distributed import Meter
 from grpo_rm import ClassificationHead, Policy, SegmentationHead, grpo_rm_loss, training_step
-from run import Meter
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-WORLD = cli.World(0, 0, 1, torch.device("cuda", 0))
+WORLD = distributed.World(0, 0, 1, torch.device("cuda", 0))
 SHAPES = ["--device", "cuda", "--workers", "1", "--limit-train", "100", "--limit-val", "40", "--batch-size", "40"]
 SHAPES += ["--lr", "1e-3", "--epochs", "2", "--log-every", "1"]  # 3 steps an epoch
 SCENES = [*SHAPES, "--dataset", "shapes_seg", "--image-size", "56", "--map-size", "28"]
@@ -60,8 +60,7 @@ def make_step(task, amp, compiled):
     script, flags = (train_cls, SHAPES) if task == "cls" else (train_seg, SCENES)
     args = script.parse_args([*flags, "--amp", amp, "--ratio-floor", "0", *compiled])
     protocol = data.resolve_dataset(args, "classification", "segmentation")
-    backbone.resolve_model_arguments(args, WORLD, protocol)
-    cli.resolve_training_arguments(args, protocol, **script.PAPER)
+    cli.resolve_training_arguments(args, WORLD, protocol, **script.PAPER)
     split, _ = data.load_data(args, WORLD)
     head = ClassificationHead(96, 10) if task == "cls" else SegmentationHead(96, 11, 64, args.map_size)
     policy = Policy(grpo_rm.load_backbone("vit_tiny"), head, args.amp).to("cuda")

@@ -19,8 +19,8 @@ import train_cls
 from backbone import DINOV2, load_backbone, load_strictly, prepare_backbone
 from cli import InputError
 from demo import VitTiny
+from distributed import Meter
 from grpo_rm import IGNORE, ClassificationHead, Policy, SegmentationHead
-from run import Meter
 
 HUBCONF = """
 import torch

@@ -18,7 +18,6 @@ import torch
 from conftest import CPU, DATA, ROOT, TINY, TWO, read_json, start, stderr_of, write_image
 from soak_resume import read_log
 
-import backbone
 import cli
 import data
 import eval_knn
@@ -61,8 +60,7 @@ def test_the_progress_bar_counts_the_steps_of_the_whole_run(tmp_path):
 def test_epoch_lines_fit_100_columns(method, tmp_path, capsys):
     args = train_seg.parse_args(["--device", "cpu", "--method", method, "--output-dir", str(tmp_path)])
     protocol = data.resolve_dataset(args, "segmentation")
-    backbone.resolve_model_arguments(args, CPU, protocol)
-    cli.resolve_training_arguments(args, protocol, **train_seg.PAPER)
+    cli.resolve_training_arguments(args, CPU, protocol, **train_seg.PAPER)
     args.classes = [f"class {i}" for i in range(171)]
     run = Run(args, CPU, 463)
     stats = {"loss": -0.12345, "accuracy": 0.98765} | ({"max_ratio": 1.2345e5} if method == "grpo_rm" else {})

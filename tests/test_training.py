@@ -11,15 +11,14 @@ import torch
 from conftest import CPU, TINY, in_processes, read_json, stderr_of
 from soak_resume import read_log
 
-import backbone
 import cli
 import data
 import demo
 import grpo_rm
 import train_cls
 import train_seg
+from distributed import Meter
 from grpo_rm import ClassificationHead, Policy, SegmentationHead, learning_rate, load_backbone, training_step
-from run import Meter
 
 TRAIN = [*TINY, "--batch-size", "40", "--lr", "1e-3", "--epochs", "2", "--log-every", "1"]  # 3 steps an epoch
 MAPS = ["--dataset", "shapes_seg", "--image-size", "28", "--map-size", "14"]
@@ -41,8 +40,7 @@ def weights(directory, name="backbone.pth"):
 def parse(script, *flags):
     args = script.parse_args(["--device", "cpu", *map(str, flags)])
     protocol = data.resolve_dataset(args, "classification", "segmentation")
-    backbone.resolve_model_arguments(args, CPU, protocol)
-    cli.resolve_training_arguments(args, protocol, **script.PAPER)
+    cli.resolve_training_arguments(args, CPU, protocol, **script.PAPER)
     return args
 
 
@@ -99,9 +97,10 @@ def train_in_processes(world, root):
     if size == 2:
         meter = Meter()
         meter.add(3 - 2 * rank, {"loss": rank, "max_ratio": 5 - rank})  # weights 3 and 1
-        readings = [meter.read(world)]
+        readings = [{name: pair.tolist() for name, pair in meter.read(world).items()}]
         meter.add(torch.tensor(2), {"loss": torch.tensor(4.0), "max_ratio": torch.tensor(9.0)})
-        Path(f"{root}/meter{rank}.json").write_text(json.dumps([*readings, meter.read(world)]))
+        readings += [{name: pair.tolist() for name, pair in meter.read(world).items()}]
+        Path(f"{root}/meter{rank}.json").write_text(json.dumps(readings))
         graphs, torch.compile = [], functools.partial(torch.compile, backend=lambda *graph: keep(graphs, *graph))
         train_in_double(f"{root}/seg grpo_rm 2 processes, compiled", world, "seg", "--compile")
         assert len(graphs) == 4  # not cut for DDP's buckets, as the old policy's would not be
