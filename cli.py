@@ -124,7 +124,8 @@ def add_training_arguments(parser, *, lr, lr_end, batch_size):
     add("--uniformity-weight", type=number(0), default=1.0, help="w_uni of Eq. (6); the paper's is 1")
     add("--group-weighting", choices=["uniform", "policy"], default="uniform", help="of outputs: 1/c (the paper) or q")
     add("--ratio-floor", type=number(0), default=1.0, help="F in rho = p / (q + F/c); 0: as printed, can blow up")
-    add("--old-policy-every", type=whole(1), metavar="STEPS", help="refresh it so often; default: the paper's epoch")
+    add("--old-policy-every", type=whole(1), metavar="STEPS",
+        help="refresh the old policy so often; default: an epoch (the paper); 1 destroys a backbone")  # fmt: skip
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=whole(1), default=100, help="the paper's is 100; a few are too few: docs/decisions.md")

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -35,7 +34,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from cli import InputError, first_line
 from demo import SHAPES, draw_scene, draw_shape
-from distributed import in_turn, progress
+from distributed import all_reduce, in_turn, progress
 from grpo_rm import IGNORE
 
 VOID = 255  # in masks: a pixel that takes no part
@@ -196,6 +195,8 @@ def tiny_imagenet(root, download):
     with available("tiny_imagenet", remedy, download):
         classes = (home / "wnids.txt").read_text().split()
         folders = [image_files(home / "train" / wnid / "images") for wnid in classes]
+        if len({len(folder) for folder in folders}) != 1 or not folders[0]:
+            raise OSError("its classes do not have equally many images")
     train = [(file, label) for label, folder in enumerate(folders) for file in folder]
     rows = [line.split("\t")[:2] for line in (home / labels).read_text().splitlines()]
     val = [(str(home / "val" / "images" / file), classes.index(wnid)) for file, wnid in rows]
@@ -555,6 +556,5 @@ class Loader:
         with ThreadPoolExecutor(max(1, self.args.workers)) as pool:
             list(progress(pool.map(load, mine), "decode", world, len(mine)))
         stores = [store.to(world.device) for store in stores]
-        for store in stores if dist.is_initialized() else ():
-            dist.all_reduce(store)
+        all_reduce(*stores)
         return stores

@@ -1,4 +1,4 @@
-"""The processes of a run, one for each GPU: their start, their turns, sums over them."""
+"""The processes of a run, one for each GPU: their start, their turns, progress bars, sums and means over them."""
 
 import contextlib
 import functools
@@ -54,6 +54,12 @@ def in_turn(world, what):
         world.store.set(f"{what} {node}", "done")
 
 
+def all_reduce(*tensors):
+    """Sum each over all processes, in place."""
+    for tensor in tensors if dist.is_initialized() else ():
+        dist.all_reduce(tensor)
+
+
 def progress(items, label, world, total=None):
     """`items` with a progress bar on rank 0's terminal."""
     return tqdm(items, label, total, leave=False, disable=None if world.rank == 0 else True)
@@ -67,10 +73,11 @@ class Meter:
 
     def add(self, samples, stats):
         """stats: {name: mean over so many samples, or peak}."""
+        pairs = {}
         for name, value in stats.items():
             value = torch.as_tensor(value, dtype=torch.float64)
-            pair = torch.stack([value, torch.ones_like(value)]) * (1 if name.startswith("max_") else samples)
-            self.pairs[name] = merge(name, self.pairs[name], pair) if name in self.pairs else pair
+            pairs[name] = torch.stack([value, torch.ones_like(value)]) * (1 if name.startswith("max_") else samples)
+        self.pairs = merge(self.pairs, pairs)
 
     def read(self, world):
         """{name: (sum, weight) or (peak, 1)} over all processes; the meter starts anew."""
@@ -80,10 +87,11 @@ class Meter:
             tables = [torch.empty_like(table) for _ in range(world.size)]
             dist.all_gather(tables, table)
         names, self.pairs = list(self.pairs), {}
-        pairs = zip(names, *torch.stack(tables).cpu(), strict=True)
-        return {name: functools.reduce(functools.partial(merge, name), of_ranks) for name, *of_ranks in pairs}
+        return functools.reduce(merge, (dict(zip(names, pairs, strict=True)) for pairs in torch.stack(tables).cpu()))
 
 
-def merge(name, a, b):
-    """Two pairs of a meter as one."""
-    return torch.maximum(a, b) if name.startswith("max_") else a + b
+def merge(one, other):
+    """Two readings of a meter as one."""
+    both = one.keys() & other.keys()
+    sums = {k: torch.maximum(one[k], other[k]) if k.startswith("max_") else one[k] + other[k] for k in both}
+    return one | other | sums

@@ -173,8 +173,7 @@ def confusion_of(source, segmenter, split, args, world, directory):
             confusion += confusion_matrix(prediction, truth, len(split.classes))
             if index in to_save:
                 save_images(directory, index, split, prediction.byte().cpu().numpy())
-    if dist.is_initialized():
-        dist.all_reduce(confusion)
+    distributed.all_reduce(confusion)
     return confusion
 
 

@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import cli
 from backbone import prepare_backbone
 from data import Loader, load_data
-from distributed import progress
+from distributed import all_reduce, progress
 from grpo_rm import Encoder
 from run import NEUTRAL, make_directory, write_json
 
@@ -63,8 +62,7 @@ def class_tokens(args, world):
         batches = Loader(split, args, world).in_order(args.batch_size)
         for indices, images, labels in progress(batches, "features", world):
             features[indices], targets[indices] = encoder(images).float(), labels
-        for part in (features, targets) if dist.is_initialized() else ():
-            dist.all_reduce(part)
+        all_reduce(features, targets)
         found.append((features, targets))
     return *found, splits[0].classes
 
@@ -104,8 +102,7 @@ class PatchTokens:
             for places in torch.arange(len(batch)).split(CHUNK)[world.rank :: world.size]:
                 images, masks[places] = next(mine)
                 features[places] = self.of(images)
-            for part in (features, masks) if dist.is_initialized() else ():
-                dist.all_reduce(part)
+            all_reduce(features, masks)
             yield features, masks
 
 

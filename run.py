@@ -157,7 +157,7 @@ class Run:
             raise NotFinite(f"the loss or the gradient is not finite at step {first}, nothing is saved after it; try a "
                             "lower --lr or --max-grad-norm 1, in another --output-dir")  # fmt: skip
         reading["seconds"] = torch.tensor([time.monotonic() - self.window_started, 0], dtype=torch.float64)
-        self.epoch = {name: merge(name, self.epoch.get(name, 0 * pair), pair) for name, pair in reading.items()}
+        self.epoch = merge(self.epoch, reading)
         values = self.log("step", step, lr, reading)
         self.bar.set_postfix_str(f"loss {values['loss']:.4g}", refresh=False)
         if values.get("max_ratio", 0) > 1e4:

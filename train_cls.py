@@ -14,7 +14,6 @@ Where this departs from the paper: --ratio-floor is 1 (the paper's: 0), because 
 """
 
 import torch
-import torch.distributed as dist
 
 import cli
 import distributed
@@ -40,8 +39,7 @@ def head_accuracy(policy, loader, world):
     correct = torch.zeros((), device=world.device)
     for _, images, targets in loader.in_order(256):
         correct += (policy(images).argmax(1) == targets).sum()
-    if dist.is_initialized():
-        dist.all_reduce(correct)
+    distributed.all_reduce(correct)
     return {"val_accuracy": 100 * correct.item() / len(loader.split)}
 
 

@@ -18,7 +18,6 @@ The paper's learning rate, 1e-5 at a batch of 256, hardly moves a new head: see 
 """
 
 import torch
-import torch.distributed as dist
 
 import cli
 import distributed
@@ -49,8 +48,7 @@ def head_scores(policy, loader, world):
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=world.device)
     for _, images, masks in loader.in_order(16):
         confusion += confusion_matrix(policy(images).argmax(1), masks, num_classes)
-    if dist.is_initialized():
-        dist.all_reduce(confusion)
+    distributed.all_reduce(confusion)
     scores = segmentation_scores(confusion)
     return {f"val_{name}": 100 * scores[name] for name in ("pixel_acc", "miou")}
 

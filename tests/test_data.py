@@ -203,6 +203,7 @@ def relabel(pattern, change, root, mode="L", suffix=".png"):
     (MASKS, put("classes.txt", b"sky\nroad\nsky\n"), r"classes\.txt: 3 classes \(sky, road, sky"),
     (MASKS, lambda root: (relabel("*/*.png", np.zeros_like, root), remove("classes.txt")(root)), ": 1 classes"),
     (TINY, remove("*/wnids.txt"), MISSING),
+    (TINY, remove("*/train/n02/images/*_1.JPEG"), MISSING),
     (TINY, remove("*/val/val_annotations.txt"), MISSING),
     (COCO, remove("stuffthingmaps"), r"is missing; unpack .*stuffthingmaps_trainval2017\.zip"),
     (COCO, lambda root: write_mask(root / "stuffthingmaps/train2017/0.png", [[183]]), "label 183; .* stuff-only"),
