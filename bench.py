@@ -1,4 +1,4 @@
-"""Measure speed and memory on this machine, beside the paper's numbers (Tables 5 and 6) and the hardware's floor.
+"""Measure speed and memory on this machine, beside the paper's numbers (Table 5) and the hardware's floor.
 
     python bench.py                                                 any machine; a CPU takes vit_tiny and small batches
     python bench.py --backbone dinov2_vits14 --hub-repo ~/dinov2    hub code without a network: random weights will do
@@ -27,7 +27,7 @@ from grpo_rm import ClassificationHead, Policy, SegmentationHead, grpo_rm_loss, 
 from run import environment, make_directory, write_json
 
 LOSS_SHAPES = [(131072, 21), (65536, 171), (1024, 1000)]  # (N, G): pixels of VOC and of COCO-stuff, a batch of ImageNet
-# Table 5: seconds of an epoch and GB on two H200s (fine-tuning, GRPO-RM), multiply-accumulates of a batch's forward.
+# Table 5 (4 A100s or 2 H200s): seconds of an epoch, GB (fine-tuning, GRPO-RM), forward multiply-accumulates of a batch.
 # floor_s: the arithmetic of an epoch on one H200 at 40 % of its bf16 rate. cpu: batch size on a CPU.
 Row = namedtuple("Row", "setting image_size batch_size outputs hidden train_images paper_s paper_gb macs floor_s cpu")
 SETTINGS = [

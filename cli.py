@@ -100,7 +100,7 @@ def add_data_arguments(parser, names):
     add("--image-size", type=whole(1), help="side in pixels, a multiple of the patch size; default: the dataset's")
     add("--limit-train", type=whole(1), metavar="N", help="N training images at even distances")
     add("--limit-val", type=whole(1), metavar="N", help="N validation images at even distances")
-    add("--workers", type=whole(0), default=min(8, os.cpu_count() or 1), help="decoding threads of each rank")
+    add("--workers", type=whole(0), default=min(8, os.cpu_count() or 1), help="of each rank, to decode images")
 
 
 def add_model_arguments(parser):
@@ -109,7 +109,7 @@ def add_model_arguments(parser):
     add("--backbone", help="dinov2_vit{s,b,l,g}14[_reg], vit_tiny, or one of --hub-repo; the paper's is dinov2_vits14")
     add("--hub-repo", help="owner/repo[:ref], or a local directory with hub code (random weights unless --weights)")
     add("--weights", help="state dict that the backbone starts from; every name and shape must match")
-    add("--seed", type=whole(0, 2**32 - 1), default=0, help="of weights, batches, augmentation; the paper has 5")
+    add("--seed", type=whole(0, 2**32 - 1), default=0, help="of random weights, batches, augmentation; the paper has 5")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto is cuda where there is one")
     add("--amp", choices=["auto", "bf16", "off"], default="auto", help="mixed precision; auto: bf16 on a GPU that can")
 
@@ -125,7 +125,7 @@ def add_training_arguments(parser, *, lr, lr_end, batch_size):
     add("--group-weighting", choices=["uniform", "policy"], default="uniform", help="of outputs: 1/c (the paper) or q")
     add("--ratio-floor", type=number(0), default=1.0, help="F in rho = p / (q + F/c); 0: as printed, can blow up")
     add("--old-policy-every", type=whole(1), metavar="STEPS",
-        help="refresh the old policy so often; default: an epoch (the paper); 1 destroys a backbone")  # fmt: skip
+        help="refresh the old policy so often; default: the paper's epoch; with 1 the clip limits nothing")  # fmt: skip
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=whole(1), default=100, help="the paper's is 100; a few are too few: docs/decisions.md")

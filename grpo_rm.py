@@ -74,7 +74,7 @@ def grpo_rm_loss(
         J = mean over samples of sum_i 1/c min(rho_i A_i, clip(rho_i, 1 - eps, 1 + eps) A_i)
 
     logits, old_logits: (N, G), or maps (B, G, H, W); computed in float32 (float64 stays). No gradient to old_logits.
-    targets: (N,) or (B, H, W); those equal to ignore_index take no part (void in masks; for 256 classes pass another).
+    targets: (N,) or (B, H, W); those equal to ignore_index take no part (void in masks; from 256 classes on, another).
     background_penalty: share of c taken from the reward of class 0 (the paper's for segmentation: 0.5).
     weighting: "uniform", 1/c as in Eq. (1), or "policy", q_i: its expectation over outputs sampled from the old policy.
     ratio_floor: F in rho_i = p_i / (q_i + F/c) <= c/F (the paper's: 0). A wrong class with q_i < (1 - eps)/eps F/c is
@@ -99,7 +99,7 @@ def grpo_rm_loss(
         return torch.where(valid, values / count, 0).sum()
 
     logits, old_logits = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logits, old_logits.detach()))
-    log_p, log_q = logits.log_softmax(1), old_logits.log_softmax(1).clamp(min=-1e30)  # (N, G)
+    log_p, log_q = logits.log_softmax(1), old_logits.log_softmax(1).clamp(min=-1e30)  # (N, G); 0 * -inf is nan
     p, q = log_p.exp(), log_q.exp()
 
     r_acc, r_uni = accuracy_reward(k, G).to(q.dtype), uniformity_reward(q, k, uniformity)
@@ -262,7 +262,7 @@ def training_step(policy, old_policy, encoder, loss_function, optimizer, images,
         average_gradients(list(policy.head.parameters()))
     norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf)
     optimizer.step()  # line 9
-    optimizer.zero_grad()
+    policy.zero_grad()
     meter.add(1, {"grad_norm": norm, "finite": norm.isfinite(), "images": len(images)})
 
 
@@ -284,7 +284,9 @@ def train(policy, loader, validate, args, world):
     """
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs for what is not bf16
     old_policy = None
-    if args.method == "grpo_rm":  # compiled, it runs with autograd as the policy does: other code would round otherwise
+    if args.method == "grpo_rm":
+        # With --compile it keeps requires_grad: code compiled without gradients rounds otherwise, and q would not be p
+        # right after a refresh.
         old_policy = copy.deepcopy(policy).requires_grad_(args.compile)
     optimizer, loss_function = make_optimizer(policy, args), make_loss(args)
     saved = {"policy": policy, "optimizer": optimizer} | ({"old_policy": old_policy} if old_policy else {})

@@ -75,7 +75,7 @@ for dataset in "$@"; do
     for method in $METHODS; do
         variants=() # a run directory's name and the flags that make it
         for fraction in ${FRACTIONS:-1}; do
-            if [[ $fraction == 1 || $method == frozen ]]; then variants+=("$method"); else
+            if [[ $fraction == 1 ]]; then variants+=("$method"); else
                 variants+=("${method}_fraction$fraction --train-fraction $fraction"); fi
         done
         if [[ $method == frozen ]]; then variants=(frozen); fi # nothing is trained

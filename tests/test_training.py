@@ -245,15 +245,12 @@ def test_the_rates_of_a_run(method, warmup, tmp_path, before_steps):
 
 
 def test_gradient_clipping():
-    class Keep(torch.optim.SGD):
-        def zero_grad(self, set_to_none=True):  # leave the gradients for the test to see
-            pass
-
     def norms(*flags):
         torch.manual_seed(0)
         policy, meter = Policy(load_backbone("vit_tiny"), ClassificationHead(96, 10)), Meter()
+        policy.zero_grad = lambda: None  # leave the gradients for the test to see
         args, batch = parse(train_cls, "--method", "finetune", *flags), (torch.ones(10, 3, 42, 42), torch.arange(10))
-        optimizer = Keep(policy.parameters(), lr=0.0)
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
         training_step(policy, None, policy.encoder, grpo_rm.make_loss(args), optimizer, *batch, meter, args)
         gradients = [parameter.grad for parameter in policy.parameters()]
         return meter.read(CPU)["grad_norm"][0], torch.nn.utils.get_total_norm(gradients).item()
@@ -264,8 +261,8 @@ def test_gradient_clipping():
     assert clipped_logged == logged and clipped == pytest.approx(0.05, rel=1e-3)  # logged before clipping
 
 
-def test_another_optimizer_is_a_change_of_one_place(tmp_path, monkeypatch):
-    """AdamW with a rate for every block."""
+def test_another_optimizer_is_a_change_of_one_place(tmp_path, monkeypatch, before_steps):
+    """AdamW with a rate for every block. What it leaves out stays as it was, and no gradient piles up there."""
 
     def layerwise(policy, args):
         blocks = enumerate(reversed(policy.encoder.backbone.vit.encoder.layers))
@@ -273,7 +270,11 @@ def test_another_optimizer_is_a_change_of_one_place(tmp_path, monkeypatch):
         groups += [{"params": policy.head.parameters(), "factor": 3.0}]
         return torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.05)
 
+    def look(number, policy, *_):
+        assert all(parameter.grad is None for parameter in policy.parameters())
+
     monkeypatch.setattr(grpo_rm, "make_optimizer", layerwise)
+    before_steps(look)
     run(tmp_path, "--max-steps", "3")
     groups = weights(tmp_path, "checkpoint.pt")["optimizer"]["param_groups"]
     rates = [group["lr"] / steps_of(tmp_path)[-1]["lr"] for group in groups]
