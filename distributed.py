@@ -93,5 +93,5 @@ class Meter:
 def merge(one, other):
     """Two readings of a meter as one."""
     both = one.keys() & other.keys()
-    sums = {k: torch.maximum(one[k], other[k]) if k.startswith("max_") else one[k] + other[k] for k in both}
-    return one | other | sums
+    merged = {k: torch.maximum(one[k], other[k]) if k.startswith("max_") else one[k] + other[k] for k in both}
+    return one | other | merged

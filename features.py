@@ -22,7 +22,7 @@ def add_evaluation_arguments(parser, names):
     cli.add_model_arguments(parser)
     add = parser.add_argument_group("evaluation").add_argument
     add("--batch-size", type=cli.whole(1),
-        help="the linear layer's batch m, without masks also that of the backbone; default: 1024, with masks: 256")
+        help="the linear layer's batch m, without masks also the backbone's; default: 1024, masks: 256")  # fmt: skip
     add("--output", metavar="FILE.json", help="default: beside a run's weights, or in runs/<dataset>/frozen/seed<seed>")
     parser.set_defaults(seed=None)  # that of the run
 

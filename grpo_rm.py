@@ -74,7 +74,7 @@ def grpo_rm_loss(
         J = mean over samples of sum_i 1/c min(rho_i A_i, clip(rho_i, 1 - eps, 1 + eps) A_i)
 
     logits, old_logits: (N, G), or maps (B, G, H, W); computed in float32 (float64 stays). No gradient to old_logits.
-    targets: (N,) or (B, H, W); those equal to ignore_index take no part (void in masks; from 256 classes on, another).
+    targets: (N,) or (B, H, W); those equal to ignore_index (void; from 256 classes on pass another) take no part.
     background_penalty: share of c taken from the reward of class 0 (the paper's for segmentation: 0.5).
     weighting: "uniform", 1/c as in Eq. (1), or "policy", q_i: its expectation over outputs sampled from the old policy.
     ratio_floor: F in rho_i = p_i / (q_i + F/c) <= c/F (the paper's: 0). A wrong class with q_i < (1 - eps)/eps F/c is

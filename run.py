@@ -129,8 +129,8 @@ class Run:
         if args.method == "grpo_rm" and args.ratio_floor:
             self.say(f"ratio floor {floor}: rho = p / (q + {floor}/c); as in the paper: --ratio-floor 0", sys.stdout)
         if args.method == "grpo_rm" and (args.old_policy_every or steps) == 1:
-            self.warn("refresh", "the old policy is refreshed before every step: p always is q, the clip limits nothing"
-                      "; take a smaller --batch-size or a larger --old-policy-every")  # fmt: skip
+            self.warn("refresh", "the old policy is refreshed before every step: p is always q, the clip limits "
+                      "nothing; take a smaller --batch-size or a larger --old-policy-every")  # fmt: skip
         self.say(f"{f'resuming at step {self.step}' if self.step else 'writing'} -> {self.directory}", sys.stdout)
 
     def on_signal(self, number, frame):
