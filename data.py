@@ -32,9 +32,9 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 from torchvision.transforms import InterpolationMode, v2
 
-from cli import InputError, first_line
-from demo import SHAPES, draw_scene, draw_shape
-from distributed import all_reduce, in_turn, progress
+from common.cli import InputError, first_line
+from common.demo import SHAPES, draw_scene, draw_shape
+from common.distributed import all_reduce, in_turn, progress
 from grpo_rm import IGNORE
 
 VOID = 255  # in masks: a pixel that takes no part
@@ -338,7 +338,10 @@ def pair_up(images, masks):
 
 def voc2012(root, download):
     """PASCAL VOC 2012 segmentation."""
-    home, url = root / "VOCdevkit" / "VOC2012", "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar"
+    home, url = (
+        root / "VOCdevkit" / "VOC2012",
+        "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+    )
     fetch_archive("voc2012", root, home, url, "6cd6e144f989b92b3379bac3b3de84fd", download)
     with available("voc2012", f"remove {home} and unpack {url} into {root}", download):
         found = [datasets.VOCSegmentation(str(root), image_set=part) for part in ("train", "val")]

@@ -11,10 +11,9 @@ eval_knn.json beside the weights of a run, or in runs/<dataset>/frozen/seed<seed
 import torch
 import torch.nn.functional as F
 
-import cli
-import distributed
+from common import cli, distributed
+from common.features import add_evaluation_arguments, class_tokens, resolve_evaluation, write_result
 from data import PROTOCOLS, resolve_dataset
-from features import add_evaluation_arguments, class_tokens, resolve_evaluation, write_result
 
 BLOCK = 2**26  # similarities held at once: 256 MiB
 

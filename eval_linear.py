@@ -27,12 +27,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-import cli
-import distributed
-from backbone import prepare_backbone
+from common import cli, distributed
+from common.backbone import prepare_backbone
+from common.distributed import progress
+from common.features import CHUNK, PatchTokens, add_evaluation_arguments, class_tokens, resolve_evaluation, write_result
 from data import LINEAR, PROTOCOLS, VOID, Loader, load_data, random_generator, resolve_dataset
-from distributed import progress
-from features import CHUNK, PatchTokens, add_evaluation_arguments, class_tokens, resolve_evaluation, write_result
 from grpo_rm import learning_rate
 
 SCALES = [1.0, 1.32, 1.73]  # of "Multi Scale": the default of the segmentation notebook in DINOv2's repository
@@ -214,8 +213,10 @@ def evaluate_segmentation(args, world, path):
     iou, percent = dict(zip(classes, each, strict=True)), {name: 100 * score for name, score in scores.items()}
     counts = {"train_images": len(train_split), "val_images": len(val_split), "val_pixels": int(confusion.sum())}
     write_result(path, args, counts | percent | {"per_class_iou": iou})
-    print(f"{args.dataset} {args.method} seed {args.seed}: pixel accuracy {percent['pixel_acc']:.2f} %, IoU "
-          f"{percent['iou']:.2f} %, mIoU {percent['miou']:.2f} %, {len(val_split)} images ({args.features}) -> {path}")
+    print(
+        f"{args.dataset} {args.method} seed {args.seed}: pixel accuracy {percent['pixel_acc']:.2f} %, IoU "
+        f"{percent['iou']:.2f} %, mIoU {percent['miou']:.2f} %, {len(val_split)} images ({args.features}) -> {path}"
+    )
     for name, x in iou.items():
         print(f"  {name:24s} {'absent' if x is None else f'{x:6.2f} %'}")
 

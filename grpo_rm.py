@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from backbone import load_backbone  # noqa: F401  (others import it from here)
-from run import Run
+from common.backbone import load_backbone  # noqa: F401  (others import it from here)
+from common.checkpoint import Run
 
 IGNORE = -100  # the target of a sample that takes no part (void pixels); 255 would be a class of ImageNet
 LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}  # what fits a CPU's cache; few launches on a GPU
@@ -280,7 +280,7 @@ def train(policy, loader, validate, args, world):
 
     loader.epoch(e, start) yields this process's (images, targets) from step `start` of epoch e on, len(loader) is the
     number of steps in an epoch; validate() gives numbers for the epoch's log line. Leaves config.json, log.jsonl,
-    checkpoint.pt, head.pth and backbone.pth in args.output_dir. Raises InputError and NotFinite.
+    checkpoint.pt, head.pth and backbone.pth in args.output_dir. Raises InputError and RunError.
     """
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs for what is not bf16
     old_policy = None

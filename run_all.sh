@@ -21,6 +21,7 @@
 # where it stopped; other settings, or another folder of images, need another OUT.
 set -euo pipefail
 here=$(cd "$(dirname "$(readlink -f "$0")")" && pwd)
+export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} # for python -m tools.report
 
 if (($# == 0)); then # the demo: small batches and their learning rate, so that a small network learns in few epochs
     set -- shapes shapes_seg
@@ -94,4 +95,4 @@ for dataset in "$@"; do
         done
     done
 done
-stage "" python "$here/report.py" "$OUT" --csv "$OUT/tables" --figures "$OUT/figures"
+stage "" python -m tools.report "$OUT" --csv "$OUT/tables" --figures "$OUT/figures"

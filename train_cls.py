@@ -15,9 +15,8 @@ Where this departs from the paper: --ratio-floor is 1 (the paper's: 0), because 
 
 import torch
 
-import cli
-import distributed
-from backbone import prepare_backbone
+from common import cli, distributed
+from common.backbone import prepare_backbone
 from data import PROTOCOLS, Loader, load_data, resolve_dataset
 from grpo_rm import ClassificationHead, Policy, train
 

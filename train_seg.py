@@ -19,9 +19,8 @@ The paper's learning rate, 1e-5 at a batch of 256, hardly moves a new head: see 
 
 import torch
 
-import cli
-import distributed
-from backbone import prepare_backbone
+from common import cli, distributed
+from common.backbone import prepare_backbone
 from data import PROTOCOLS, Loader, load_data, resolve_dataset
 from eval_linear import confusion_matrix, segmentation_scores
 from grpo_rm import Policy, SegmentationHead, train

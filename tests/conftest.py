@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-import distributed
 import grpo_rm
+from common import distributed
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = distributed.World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))

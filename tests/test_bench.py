@@ -5,7 +5,7 @@ import json
 import torch
 from conftest import stderr_of
 
-import bench
+from tools import bench
 
 
 @torch._dynamo.config.patch(suppress_errors=False)  # bench.py sets it

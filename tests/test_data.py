@@ -18,8 +18,8 @@ from PIL import Image
 from torchvision.datasets.utils import calculate_md5
 
 import data
-import distributed
-from cli import InputError
+from common import distributed
+from common.cli import InputError
 from data import IGNORE, VOID, Loader, Split, load_data, load_splits, resolve_dataset
 
 CLASSIFICATION, SEGMENTATION = TASKS = ("classification", "segmentation")

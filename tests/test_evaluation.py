@@ -15,18 +15,17 @@ from conftest import CPU, TINY, in_processes, read_json, stderr_of
 from PIL import Image
 from soak_resume import read_log
 
-import backbone
-import cli
 import data
 import eval_knn
 import eval_linear
 import train_cls
 import train_seg
-from backbone import load_backbone
+from common import backbone, cli
+from common.backbone import load_backbone
+from common.features import PatchTokens, class_tokens
 from data import VOID, Loader, Split, load_splits
 from eval_knn import knn_predict
 from eval_linear import confusion_matrix, fit_softmax_regression, predict, segmentation_scores
-from features import PatchTokens, class_tokens
 
 SEGMENTATION = ["--device", "cpu", "--workers", "1", "--map-size", "8", "--epochs", "2", "--backbone", "vit_tiny"]
 SCENES = "--dataset shapes_seg --image-size 28 --limit-train 40 --limit-val 40".split()
@@ -215,7 +214,7 @@ def test_multiscale_features_are_the_last_four_layers():
 def test_kept_and_recomputed_tokens_give_the_same_layer(monkeypatch):
     recipe = {"epochs": 2, "batch_size": 20, "lr": 1e-2, "lr_end": 1e-3, "seed": 0}
     kept = tokens_of()
-    monkeypatch.setattr("features.KEPT_BYTES", 0)
+    monkeypatch.setattr("common.features.KEPT_BYTES", 0)
     recomputed = tokens_of()
     assert kept.kept is not None and recomputed.kept is None
     one, other = (eval_linear.fit_segmenter(source, 11, **recipe).state_dict() for source in (kept, recomputed))

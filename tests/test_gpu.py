@@ -12,13 +12,12 @@ import torch
 from conftest import ROOT
 from soak_resume import read_log
 
-import cli
 import data
-import distributed
 import grpo_rm
 import train_cls
 import train_seg
-from distributed import Meter
+from common import cli, distributed
+from common.distributed import Meter
 from grpo_rm import ClassificationHead, Policy, SegmentationHead, grpo_rm_loss, training_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

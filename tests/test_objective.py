@@ -13,9 +13,9 @@ from torch import nn
 
 import grpo_rm
 import train_cls
-from bench import bytes_kept
-from distributed import Meter
+from common.distributed import Meter
 from grpo_rm import accuracy_reward, cross_entropy_loss, group_advantages, grpo_rm_loss, uniformity_reward
+from tools.bench import bytes_kept
 
 OPTIONS = [
     dict(uniformity=uniformity, weighting=weighting, ratio_floor=floor, background_penalty=penalty)

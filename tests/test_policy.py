@@ -16,10 +16,10 @@ import eval_knn
 import eval_linear
 import grpo_rm
 import train_cls
-from backbone import DINOV2, load_backbone, load_strictly, prepare_backbone
-from cli import InputError
-from demo import VitTiny
-from distributed import Meter
+from common.backbone import DINOV2, load_backbone, load_strictly, prepare_backbone
+from common.cli import InputError
+from common.demo import VitTiny
+from common.distributed import Meter
 from grpo_rm import IGNORE, ClassificationHead, Policy, SegmentationHead
 
 HUBCONF = """

@@ -12,9 +12,9 @@ import torch
 from conftest import TINY, TORCHRUN, TWO, free_port, in_processes, start, stderr_of, write_image
 from soak_resume import assert_same_runs, children, read_log, soak
 
-import run
 import train_cls
 import train_seg
+from common import checkpoint
 
 RUN = [*TINY, "--batch-size", "20", "--epochs", "4", "--log-every", "2"]  # 5 steps an epoch
 RUN += ["--lr", "1e-3", "--warmup-epochs", "3"]  # so long that no accuracy near chance is warned of
@@ -83,12 +83,12 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_anew(whole, tmp_path
 def test_checkpoints_come_by_the_clock(minutes, expected, tmp_path, monkeypatch):
     saved = []
 
-    def spy(path, write, original=run.write_atomically):
+    def spy(path, write, original=checkpoint.write_atomically):
         original(path, write)
         if path.name == "checkpoint.pt":
             saved.append(step_of(path.parent))
 
-    monkeypatch.setattr(run, "write_atomically", spy)
+    monkeypatch.setattr(checkpoint, "write_atomically", spy)
     train_cls.main([*RUN, "--max-steps", "8", "--checkpoint-minutes", minutes, "--output-dir", str(tmp_path)])
     assert saved == expected
 

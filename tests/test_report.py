@@ -11,9 +11,9 @@ import pytest
 from conftest import TINY, stderr_of
 from PIL import Image
 
-import report
 import train_cls
 from eval_linear import palette
+from tools import report
 
 SEGMENTATION = {"map_size": 128, "background_penalty": 0.5}
 

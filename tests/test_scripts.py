@@ -18,18 +18,18 @@ import torch
 from conftest import CPU, DATA, ROOT, TINY, TWO, read_json, start, stderr_of, write_image
 from soak_resume import read_log
 
-import cli
 import data
 import eval_knn
 import eval_linear
 import train_cls
 import train_seg
-from run import Run
+from common import cli
+from common.checkpoint import Run
 
 SHAPES = [*TINY, "--batch-size", "50", "--epochs", "1"]
 
 
-@pytest.mark.parametrize("script", ["train_cls", "train_seg", "eval_linear", "eval_knn", "report", "bench"])
+@pytest.mark.parametrize("script", ["train_cls", "train_seg", "eval_linear", "eval_knn", "tools.report", "tools.bench"])
 def test_help_is_the_manual(script, capsys):
     module = importlib.import_module(script)
     with pytest.raises(SystemExit) as exit_:
@@ -246,7 +246,7 @@ def scripts_of(commands):
 def test_dry_run_of_the_whole_protocol(tmp_path):
     options = {"ABLATIONS": "1", "FRACTIONS": "0.1 1", "SEEDS": "0 1", "NPROC": "4", "DATA_ROOT": "my data"}
     *stages, last = planned(tmp_path, "tiny_imagenet", "voc2012", **options)
-    assert last[1:] == [str(ROOT / "report.py"), *"runs --csv runs/tables --figures runs/figures".split()]
+    assert last[-7:] == ["-m", "tools.report", *"runs --csv runs/tables --figures runs/figures".split()]
     assert all(command[:3] == ["torchrun", "--standalone", "--nproc_per_node=4"] for command in stages)
     assert {value(command, "--data-root") for command in stages} == {"my data"}
     flags = dict(frozen="", finetune="", grpo_rm="", grpo_rm_none="--uniformity none", grpo_rm_eq5="--uniformity eq5")

@@ -11,13 +11,12 @@ import torch
 from conftest import CPU, TINY, in_processes, read_json, stderr_of
 from soak_resume import read_log
 
-import cli
 import data
-import demo
 import grpo_rm
 import train_cls
 import train_seg
-from distributed import Meter
+from common import cli, demo
+from common.distributed import Meter
 from grpo_rm import ClassificationHead, Policy, SegmentationHead, learning_rate, load_backbone, training_step
 
 TRAIN = [*TINY, "--batch-size", "40", "--lr", "1e-3", "--epochs", "2", "--log-every", "1"]  # 3 steps an epoch
@@ -106,7 +105,7 @@ def train_in_processes(world, root):
         assert len(graphs) == 4  # not cut for DDP's buckets, as the old policy's would not be
         if rank == 1:
             grpo_rm.cross_entropy_loss = not_finite_at(5, "loss")
-        with pytest.raises(cli.NotFinite, match="not finite at step 5"):
+        with pytest.raises(cli.RunError, match="not finite at step 5"):
             train_in_double(f"{root}/poisoned", world, "cls", "--method", "finetune", "--checkpoint-minutes", "0")
 
 

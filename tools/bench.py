@@ -1,7 +1,7 @@
 """Measure speed and memory on this machine, beside the paper's numbers (Table 5) and the hardware's floor.
 
-    python bench.py                                                 any machine; a CPU takes vit_tiny and small batches
-    python bench.py --backbone dinov2_vits14 --hub-repo ~/dinov2    hub code without a network: random weights will do
+    python -m tools.bench                          any machine; a CPU takes vit_tiny and small batches
+    python -m tools.bench --backbone dinov2_vits14 --hub-repo ~/dinov2       hub code; random weights will do
 
 Prints Markdown. What is compared runs in turn, each right after a run of itself; a ratio is taken within a turn, and a
 number is the median over the turns (least to largest). Other work on the machine spoils the numbers of a CPU.
@@ -18,13 +18,13 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-import cli
 import train_cls
-from backbone import load_backbone
+from common import cli
+from common.backbone import load_backbone
+from common.checkpoint import environment, make_directory, write_json
+from common.distributed import Meter, start_processes
 from data import PROTOCOLS, Loader, Split
-from distributed import Meter, start_processes
 from grpo_rm import ClassificationHead, Policy, SegmentationHead, grpo_rm_loss, make_loss, make_optimizer, training_step
-from run import environment, make_directory, write_json
 
 LOSS_SHAPES = [(131072, 21), (65536, 171), (1024, 1000)]  # (N, G): pixels of VOC and of COCO-stuff, a batch of ImageNet
 # Table 5 (4 A100s or 2 H200s): seconds of an epoch, GB (fine-tuning, GRPO-RM), forward multiply-accumulates of a batch.

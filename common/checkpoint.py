@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cli import InputError, NotFinite
-from distributed import Meter, in_turn, merge
+from common.cli import InputError, RunError
+from common.distributed import Meter, in_turn, merge
 
 # A resumed run may have other values of these. report.py averages over them, but not over what a run started from.
-NEUTRAL = set(
+MAY_DIFFER_ON_RESUME = set(
     "data_root download device workers output_dir resume checkpoint_minutes eval_every log_every max_steps hub_repo "
     "weights grad_accum compile save_images output git_commit torch_version device_name world_size".split()
 )
@@ -71,7 +71,7 @@ class Run:
     def __init__(self, args, world, steps_per_epoch, **parts):
         self.args, self.world, self.steps_per_epoch, self.parts = args, world, steps_per_epoch, parts
         self.directory, self.meter, self.warned = Path(args.output_dir), Meter(), set()
-        self.settings = {name: value for name, value in vars(args).items() if name not in NEUTRAL}
+        self.settings = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER_ON_RESUME}
         self.signal = self.stop = self.step = 0  # a signal's number, here and on any rank; where training starts
         self.epoch = {}  # what the meter gave since the epoch began
         with in_turn(world, "output directory"):
@@ -122,8 +122,11 @@ class Run:
     def announce(self):
         """The first lines of a run: what it does, and where it departs from the paper."""
         args, steps, floor = self.args, self.steps_per_epoch, f"{self.args.ratio_floor:g}"
-        self.say(f"{args.method} of {args.backbone} on {args.dataset}: {args.epochs} epochs of {steps} steps on "
-                 f"{self.world.size} x {args.device}, amp {args.amp}, lr {args.lr:g} to {args.lr_end:g}", sys.stdout)
+        self.say(
+            f"{args.method} of {args.backbone} on {args.dataset}: {args.epochs} epochs of {steps} steps on "
+            f"{self.world.size} x {args.device}, amp {args.amp}, lr {args.lr:g} to {args.lr_end:g}",
+            sys.stdout,
+        )
         if args.warmup_epochs:
             self.say(f"warm-up {args.warmup_epochs:g} epochs; as in the paper: --warmup-epochs 0", sys.stdout)
         if args.method == "grpo_rm" and args.ratio_floor:
@@ -147,14 +150,14 @@ class Run:
         return (step - 1) // self.steps_per_epoch
 
     def log_steps(self, step, lr):
-        """The line of the steps since the last one. Raises NotFinite, on all ranks."""
+        """The line of the steps since the last one. Raises RunError, on all ranks."""
         self.meter.add(1, {"max_signal": self.signal})
         reading = self.meter.read(self.world)
         self.stop = int(reading.pop("max_signal")[0])
         finite, steps = reading.pop("finite").tolist()
         if finite < steps:  # from the first on none is finite
             first = step - round((steps - finite) / self.world.size) + 1
-            raise NotFinite(f"the loss or the gradient is not finite at step {first}, nothing is saved after it; try a "
+            raise RunError(f"the loss or the gradient is not finite at step {first}, nothing is saved after it; try a "
                             "lower --lr or --max-grad-norm 1, in another --output-dir")  # fmt: skip
         reading["seconds"] = torch.tensor([time.monotonic() - self.window_started, 0], dtype=torch.float64)
         self.epoch = merge(self.epoch, reading)

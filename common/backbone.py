@@ -8,9 +8,9 @@ import warnings
 
 import torch
 
-from cli import InputError, first_line
-from demo import VitTiny
-from distributed import in_turn
+from common.cli import InputError, first_line
+from common.demo import VitTiny
+from common.distributed import in_turn
 
 HUB_REPO = "facebookresearch/dinov2:b8931f7bf91576930313be2c6d6af376033b35f0"  # pinned: else each call asks the network
 DINOV2 = [f"dinov2_vit{size}14{registers}" for size in "sblg" for registers in ("", "_reg")]

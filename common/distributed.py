@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cli import InputError
+from common.cli import InputError
 
 
 class World(NamedTuple):

@@ -1,7 +1,7 @@
 """Tables 2 to 6 of the paper from finished runs, ours beside the paper's, and its Figures 2 and 3.
 
-    python report.py runs                                         prints Markdown
-    python report.py runs --csv tables --figures figures          and writes the same tables as CSV, and figures
+    python -m tools.report runs                                         prints Markdown
+    python -m tools.report runs --csv tables --figures figures          and writes the same tables as CSV, and figures
 
 Reads what the other scripts left in every directory below RUNS_DIR: config.json, log.jsonl and the eval_*.json. Scores
 are in percent, mean ± sample standard deviation over seeds. Only runs whose settings are equal in all but the seed are
@@ -22,15 +22,21 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from scipy import stats
 
-from cli import ArgumentParser, InputError, stage
-from run import NEUTRAL, make_directory
+from common.checkpoint import MAY_DIFFER_ON_RESUME, make_directory
+from common.cli import ArgumentParser, InputError, stage
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What the paper reports, as printed there: a cell for each of ROWS; "score" is SR, or pixel accuracy of linear features
 
-ROWS = {"frozen": "frozen", "finetune 10%": "Fine-tuning (10%)", "finetune": "Fine-tuning",
-        "grpo_rm 10%": "GRPO-RM (10%)", "grpo_rm": "GRPO-RM",
-        "grpo_rm none": "GRPO-RM, no uniformity reward", "grpo_rm eq5": "GRPO-RM, Eq. (5)"}
+ROWS = {
+    "frozen": "frozen",
+    "finetune 10%": "Fine-tuning (10%)",
+    "finetune": "Fine-tuning",
+    "grpo_rm 10%": "GRPO-RM (10%)",
+    "grpo_rm": "GRPO-RM",
+    "grpo_rm none": "GRPO-RM, no uniformity reward",
+    "grpo_rm eq5": "GRPO-RM, Eq. (5)",
+}
 PLAIN, ABLATION = list(ROWS)[:5], list(ROWS)[4:]  # of Tables 2 to 5, and of Table 6
 TABLES = """
     cifar10 SR/k-NN       47.26/43.26  -  94.55±0.27/94.39±0.29  -  95.78±0.26/95.81±0.30  -  -
@@ -69,8 +75,16 @@ for line in TABLES.strip().splitlines():
         for column, number in zip(columns.split("/"), cell.split("/"), strict=cell != "-"):
             if number != "-":
                 PAPER.setdefault(" ".join([*dataset, column]), {})[row] = tuple(map(float, number.split("±")))
-DATASETS = dict(cifar10="CIFAR-10", cifar100="CIFAR-100", stl10="STL-10", tiny_imagenet="Tiny-ImageNet",
-                imagenet="ImageNet", voc2012="Pascal VOC 2012", ade20k="ADE20k", coco_stuff="COCO-stuff")
+DATASETS = dict(
+    cifar10="CIFAR-10",
+    cifar100="CIFAR-100",
+    stl10="STL-10",
+    tiny_imagenet="Tiny-ImageNet",
+    imagenet="ImageNet",
+    voc2012="Pascal VOC 2012",
+    ade20k="ADE20k",
+    coco_stuff="COCO-stuff",
+)
 ORDER = {name: i for i, name in enumerate([*DATASETS, *ROWS])}
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -78,16 +92,20 @@ ORDER = {name: i for i, name in enumerate([*DATASETS, *ROWS])}
 
 SCORES = {  # {task: {column: (result file, key)}}
     "classification": {"SR": ("eval_linear.json", "top1"), "k-NN": ("eval_knn.json", "top1")},
-    "segmentation": {f"{features} {column}": (f"eval_linear{end}.json", key)
-                     for features, end in (("linear", ""), ("multiscale", "_multiscale"))
-                     for column, key in (("pixel-acc", "pixel_acc"), ("IoU", "iou"), ("mIoU", "miou"))},
+    "segmentation": {
+        f"{features} {column}": (f"eval_linear{end}.json", key)
+        for features, end in (("linear", ""), ("multiscale", "_multiscale"))
+        for column, key in (("pixel-acc", "pixel_acc"), ("IoU", "iou"), ("mIoU", "miou"))
+    },
 }
 RESULTS = {task: list(dict.fromkeys(file for file, _ in columns.values())) for task, columns in SCORES.items()}
 COSTS = {"seconds": "seconds", "GB": "peak_memory_gb"}  # {column: key of the epoch event}
 IDENTITY = ["dataset", "task", "method", "seed"]
-NO_SETTING = NEUTRAL | {*IDENTITY, "fit_seed", "top1", "pixel_acc", "iou", "miou", "per_class_iou"}
-OBJECTIVE = set("clip_eps uniformity accuracy_weight uniformity_weight group_weighting ratio_floor old_policy_every "
-                "background_penalty".split())  # fine-tuning does not depend on these
+NO_SETTING = MAY_DIFFER_ON_RESUME | {*IDENTITY, "fit_seed", "top1", "pixel_acc", "iou", "miou", "per_class_iou"}
+OBJECTIVE = set(
+    "clip_eps uniformity accuracy_weight uniformity_weight group_weighting ratio_floor old_policy_every "
+    "background_penalty".split()
+)  # fine-tuning does not depend on these
 
 
 def load_run(directory):
@@ -125,9 +143,18 @@ def load_run(directory):
     hardware = f"{config.get('world_size', '?')} x {config.get('device_name', '?')}"
     hardware += f", --grad-accum {config['grad_accum']}" if config.get("grad_accum", 1) > 1 else ""
     hardware += ", --compile" if config.get("compile") else ""
-    return SimpleNamespace(path=directory, home=directory.parent if directory.name.startswith("seed") else directory,
-                           kind=(dataset, task, row), seed=seed, config=config, settings=settings, numbers=numbers,
-                           epochs=epochs, hardware=hardware, missing=sorted(set(RESULTS[task]) - files.keys()))
+    return SimpleNamespace(
+        path=directory,
+        home=directory.parent if directory.name.startswith("seed") else directory,
+        kind=(dataset, task, row),
+        seed=seed,
+        config=config,
+        settings=settings,
+        numbers=numbers,
+        epochs=epochs,
+        hardware=hardware,
+        missing=sorted(set(RESULTS[task]) - files.keys()),
+    )
 
 
 def agree(one, other):
@@ -259,10 +286,16 @@ def make_tables(groups):
     ):
         mine = [group for group in plain if (group.task, group.dataset == "coco_stuff") == (task, coco)]
         tables += [comparison(title, mine, *columns), paired_tests(title[:7], mine)]
-    timed = [Group(runs, group.label) for group in plain for hardware in group.hardware.split("; ")
-             if (runs := [run for run in group.runs if run.hardware == hardware and "seconds" in run.numbers])]
-    note = ("seconds: an epoch's training, median of all but the first; GB: the peak of process 0 times their number. "
-            "Comparable on the same hardware only; the paper's is 4 A100 or 2 H200. bench.py counts the work (FLOPs).")
+    timed = [
+        Group(runs, group.label)
+        for group in plain
+        for hardware in group.hardware.split("; ")
+        if (runs := [run for run in group.runs if run.hardware == hardware and "seconds" in run.numbers])
+    ]
+    note = (
+        "seconds: an epoch's training, median of all but the first; GB: the peak of process 0 times their number. "
+        "Comparable on the same hardware only; the paper's is 4 A100 or 2 H200. bench.py counts the work (FLOPs)."
+    )
     tables.append(comparison("Table 5: time of an epoch and peak memory", timed, list(COSTS), note=note, hardware=True))
     title = "Table 6: uniformity rewards; score: SR, or pixel accuracy of linear features (%)"
     tried = {(group.dataset, group.task) for group in groups if group.row in ABLATION[1:]}  # not Eq. (4) alone
@@ -275,11 +308,18 @@ def make_tables(groups):
 # Figures
 
 PANELS = {  # {figure: [(title, key of the epoch event, the method that has it or "" for all)]}
-    "curves": [("cross-entropy of fine-tuning", "loss", "finetune"), ("loss of GRPO-RM", "loss", "grpo_rm"),
-               ("validation accuracy (%)", "val_accuracy", ""), ("validation pixel accuracy (%)", "val_pixel_acc", ""),
-               ("validation mIoU (%)", "val_miou", "")],
-    "policy": [("clip fraction", "clip_fraction", "grpo_rm"), ("KL(q || p), nats", "kl", "grpo_rm"),
-               ("largest ratio p/q in the epoch", "max_ratio", "grpo_rm")],
+    "curves": [
+        ("cross-entropy of fine-tuning", "loss", "finetune"),
+        ("loss of GRPO-RM", "loss", "grpo_rm"),
+        ("validation accuracy (%)", "val_accuracy", ""),
+        ("validation pixel accuracy (%)", "val_pixel_acc", ""),
+        ("validation mIoU (%)", "val_miou", ""),
+    ],
+    "policy": [
+        ("clip fraction", "clip_fraction", "grpo_rm"),
+        ("KL(q || p), nats", "kl", "grpo_rm"),
+        ("largest ratio p/q in the epoch", "max_ratio", "grpo_rm"),
+    ],
 }
 
 
@@ -326,8 +366,12 @@ def draw_curves(groups, panels, path):
 def draw_images(groups, path):
     """Figure 2: what eval_linear.py --save-images left for all groups of a dataset: in a row an image, the ground truth
     and the prediction of each group's first run that has some."""
-    saved = {group.name: folder for group in groups for run in group.runs[::-1]
-             if "score" in run.numbers and (folder := run.path / "eval_linear_images").is_dir()}
+    saved = {
+        group.name: folder
+        for group in groups
+        for run in group.runs[::-1]
+        if "score" in run.numbers and (folder := run.path / "eval_linear_images").is_dir()
+    }
     truths = [{(file.name[:6], file.read_bytes()) for file in folder.glob("*_truth.png")} for folder in saved.values()]
     numbers = sorted(number for number, _ in set.intersection(*truths)) if truths else []  # of the same ground truth
     if not numbers:
@@ -337,8 +381,14 @@ def draw_images(groups, path):
     columns |= {name: (folder, "prediction") for name, folder in saved.items()}
     rows = [[Image.open(folder / f"{number}_{kind}.png") for folder, kind in columns.values()] for number in numbers]
     ratios, colours = [row[0].height / row[0].width for row in rows], {}
-    figure, axes = plt.subplots(len(rows), len(columns), figsize=(2.3 * len(columns), 0.9 + 2.3 * sum(ratios)),
-                                layout="constrained", squeeze=False, height_ratios=ratios)
+    figure, axes = plt.subplots(
+        len(rows),
+        len(columns),
+        figsize=(2.3 * len(columns), 0.9 + 2.3 * sum(ratios)),
+        layout="constrained",
+        squeeze=False,
+        height_ratios=ratios,
+    )
     for axis, image in zip(axes.flat, itertools.chain(*rows), strict=True):
         axis.imshow(image.convert("RGB"), interpolation="nearest")
         axis.axis("off")
@@ -347,8 +397,10 @@ def draw_images(groups, path):
     for axis, name in zip(axes[0], columns, strict=True):
         axis.set_title(textwrap.fill(name, 24), fontsize=10)
     classes = dict(enumerate(json.loads((first.parent / "eval_linear.json").read_text())["per_class_iou"]))
-    handles = [plt.Rectangle((0, 0), 1, 1, facecolor=colours[i], edgecolor="black", label=classes.get(i, "void"))
-               for i in sorted(colours)]
+    handles = [
+        plt.Rectangle((0, 0), 1, 1, facecolor=colours[i], edgecolor="black", label=classes.get(i, "void"))
+        for i in sorted(colours)
+    ]
     save_figure(figure, groups[0].title, path, handles)
 
 

@@ -17,8 +17,8 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message is one line: what is wrong, where, what to do."""
 
 
-class NotFinite(RuntimeError):
-    """The loss or the gradient is nan or inf; the message is one line."""
+class RunError(RuntimeError):
+    """A run cannot go on: its loss is not finite, or its disk is full. The message is one line."""
 
 
 def first_line(error):
@@ -34,7 +34,7 @@ def stage(main):
     def wrapped(argv=None):
         try:
             main(argv)
-        except (InputError, NotFinite) as error:
+        except (InputError, RunError) as error:
             end(2 if isinstance(error, InputError) else 1, f"error: {error}")
         except torch.OutOfMemoryError as error:
             end(1, f"error: {first_line(error)} Train with --grad-accum 2, evaluate with a smaller --batch-size")

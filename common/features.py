@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-import cli
-from backbone import prepare_backbone
+from common import cli
+from common.backbone import prepare_backbone
+from common.checkpoint import MAY_DIFFER_ON_RESUME, make_directory, write_json
+from common.distributed import all_reduce, progress
 from data import Loader, load_data
-from distributed import all_reduce, progress
 from grpo_rm import Encoder
-from run import NEUTRAL, make_directory, write_json
 
 CHUNK = 16  # images in a forward pass of segmentation, whatever the batch size and the number of processes
 KEPT_BYTES = 4 * 2**30  # patch tokens of a training split up to this size are kept, larger ones computed in every epoch
@@ -109,5 +109,9 @@ class PatchTokens:
 
 def write_result(path, args, result):
     """Write an evaluation's scores and counts, which weights they are of, and all settings."""
-    settings = {k: v for k, v in vars(args).items() if k not in NEUTRAL or k in ("weights", "hub_repo", "data_root")}
+    settings = {
+        k: v
+        for k, v in vars(args).items()
+        if k not in MAY_DIFFER_ON_RESUME or k in ("weights", "hub_repo", "data_root")
+    }
     write_json(path, settings | {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()})

@@ -1,0 +1,1 @@
+"""What the stages import: command line, processes, backbones, files of a run, features."""
