@@ -35,10 +35,10 @@ from torchvision.transforms import InterpolationMode, v2
 from common.cli import InputError, first_line
 from common.demo import SHAPES, draw_scene, draw_shape
 from common.distributed import all_reduce, in_turn, progress
+from common.transforms import square, stretch, to_input, to_rgb
 from grpo_rm import IGNORE
 
 VOID = 255  # in masks: a pixel that takes no part
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as DINOv2 was trained with
 RESIDENT_BYTES = 4 * 2**30
 
 
@@ -265,11 +265,7 @@ def opened(kind, file):
 def read_image(file):
     """The image in `file` as RGB, also where it is grey or has a palette. Raises InputError."""
     with opened("image", file) as image:
-        if image.mode in ("I", "F"):
-            raise ValueError("32-bit numbers, whose range is not known; save it with 8 or 16 bits")
-        if image.mode.startswith("I;16"):  # Pillow would cut 16 bits off at 255 instead of scaling them
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert("RGB")
+        return to_rgb(image, upright=False)
 
 
 def read_labels(file):
@@ -404,17 +400,6 @@ def random_generator(purpose, *key):
     return torch.Generator().manual_seed(int(np.random.SeedSequence((purpose, *key)).generate_state(1)[0]))
 
 
-def square(image, side, margin=1.0):
-    """The centre of `image` as (side, side, 3) uint8, after a bicubic resize of its shorter side to side * margin."""
-    image = v2.functional.resize(image, [round(side * margin)], InterpolationMode.BICUBIC)
-    return np.asarray(v2.functional.center_crop(image, [side]))
-
-
-def resize(images, side):
-    """(..., 3, H, W) uint8 -> (..., 3, side, side) uint8: bicubic, antialiased; the aspect ratio is not kept."""
-    return v2.functional.resize(images, [side] * 2, InterpolationMode.BICUBIC, antialias=True)
-
-
 def resize_mask(mask, side):
     """(H, W) labels -> (side, side), each the label at the centre of its pixel: no label is invented."""
     return v2.functional.resize(mask[None], [side] * 2, InterpolationMode.NEAREST_EXACT)[0]
@@ -430,14 +415,6 @@ def pad_crop_flip(pixels, shifts, flips, pad):
     padded = F.pad(pixels, (0, 0, pad, pad, pad, pad))  # (B, H + 2 pad, W + 2 pad, 3)
     images = torch.arange(B, device=pixels.device)[:, None, None]
     return padded[images, rows[:, :, None], columns[:, None, :]]
-
-
-def to_input(pixels, image_size):
-    """(B, S, S, 3) uint8 -> (B, 3, image_size, image_size) float32: bicubic (antialiased), ImageNet mean and std."""
-    images = resize(pixels.movedim(-1, 1), image_size).contiguous().float()  # channels last in memory until here
-    for channel, mean, std in zip(images.unbind(1), MEAN, STD, strict=True):
-        channel.sub_(255 * mean).div_(255 * std)
-    return images
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -536,11 +513,11 @@ class Loader:
         """Sample i: pixels (S, S, 3) uint8 for each side, and target or mask. A random crop depends on i and key."""
         image, target = self.split.read(i)
         if self.split.masks:
-            image, mask = v2.functional.pil_to_tensor(image), torch.from_numpy(target)
+            mask = torch.from_numpy(target)
             mask = mask if self.native else resize_mask(mask, self.args.map_size)
-            return *(resize(image, side).movedim(0, -1) for side in self.sides), mask
+            return *(stretch(image, side) for side in self.sides), mask
         if not self.resized_crop:
-            return torch.tensor(square(image, self.sides[0], self.margin)), torch.tensor(target)
+            return square(image, self.sides[0], round(self.sides[0] * self.margin)), torch.tensor(target)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(random_generator(CROP, *key, i).initial_seed())
             crop = v2.RandomResizedCrop(self.sides[0], interpolation=InterpolationMode.BICUBIC)

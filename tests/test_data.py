@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision.datasets.utils import calculate_md5
 
 import data
-from common import distributed
+from common import distributed, transforms
 from common.cli import InputError
 from data import IGNORE, VOID, Loader, Split, load_data, load_splits, resolve_dataset
 
@@ -365,8 +365,8 @@ def test_pad_crop_flip_against_a_loop():
 
 
 def test_inputs_have_imagenets_mean_and_std():
-    images = data.to_input(torch.tensor([255, 0, 124], dtype=torch.uint8).expand(1, 30, 30, 3), 42)
-    expected = (torch.tensor([255, 0, 124]) / 255 - torch.tensor(data.MEAN)) / torch.tensor(data.STD)
+    images = transforms.to_input(torch.tensor([255, 0, 124], dtype=torch.uint8).expand(1, 30, 30, 3), 42)
+    expected = (torch.tensor([255, 0, 124]) / 255 - torch.tensor(transforms.MEAN)) / torch.tensor(transforms.STD)
     torch.testing.assert_close(images, expected[:, None, None].expand(1, 3, 42, 42))
 
 
@@ -436,7 +436,7 @@ def test_imagenet_validation_is_the_centre_of_a_larger_resize(train, size, corne
     loader = Loader(Split(["a", "b"], 1, lambda i: (image, 0)), arguments("imagenet"), CPU, train=train)
     ((_, images, _),) = loader.in_order(4)
     expected = image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + 28, top + 28))
-    assert torch.equal(images, data.to_input(torch.tensor(np.asarray(expected))[None], 28))
+    assert torch.equal(images, transforms.to_input(torch.tensor(np.asarray(expected))[None], 28))
     loader.resized_crop = True  # as with augmentation: drawn for a sample in an epoch
     crops = [loader.decode(i, key=(1, epoch))[0] for i, epoch in ((0, 0), (1, 0), (0, 1))]
     assert len({crop.numpy().tobytes() for crop in crops}) == 3
@@ -447,7 +447,7 @@ def test_image_and_mask_are_flipped_together():
     masks = noise(0, 20, 28, 28, high=200)
     split = Split(["a"] * 200, 20, lambda i: (Image.fromarray(masks[i]).convert("RGB"), masks[i]), masks=True)
     loader = Loader(split, arguments("folder", SEGMENTATION, map_size=28), CPU, augment=True)
-    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (data.MEAN, data.STD))
+    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (transforms.MEAN, transforms.STD))
     images, targets = (torch.cat(parts) for parts in zip(*loader.epoch(0), strict=True))
     assert torch.equal((images * std + mean).round().long(), targets[:, None].expand(-1, 3, -1, -1))
     original = {mask.tobytes() for mask in masks}

@@ -1,0 +1,63 @@
+"""How an image becomes the network's input, for the loader and for whoever uses a trained policy.
+
+Shapes: B images, S pixels a side.
+"""
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms import InterpolationMode, v2
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as DINOv2 was trained with
+
+
+def to_rgb(image, upright=True):
+    """The PIL `image` as RGB, also where it is grey or has a palette; `upright`: turned as its EXIF orientation says.
+    Raises ValueError for 32-bit pixels."""
+    if image.mode in ("I", "F"):
+        raise ValueError("32-bit numbers, whose range is not known; save it with 8 or 16 bits")
+    if upright:
+        image = ImageOps.exif_transpose(image)  # a copy
+    if image.mode.startswith("I;16"):  # Pillow would cut 16 bits off at 255 instead of scaling them
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def square(image, crop_size, resize_size):
+    """The PIL `image` as (crop_size, crop_size, 3) uint8: its centre, after a bicubic resize of its shorter side to
+    resize_size."""
+    image = v2.functional.resize(image, [resize_size], InterpolationMode.BICUBIC)
+    return torch.tensor(np.asarray(v2.functional.center_crop(image, [crop_size])))
+
+
+def stretch(image, side):
+    """The whole PIL `image` as (side, side, 3) uint8; the aspect ratio is not kept."""
+    return resize(v2.functional.pil_to_tensor(image), side).movedim(0, -1)
+
+
+def resize(images, side):
+    """(..., 3, H, W) uint8 -> (..., 3, side, side) uint8: bicubic, antialiased; the aspect ratio is not kept."""
+    return v2.functional.resize(images, [side, side], InterpolationMode.BICUBIC, antialias=True)
+
+
+def to_input(pixels, image_size):
+    """(B, S, S, 3) uint8 -> (B, 3, image_size, image_size) float32: bicubic (antialiased), ImageNet mean and std."""
+    images = resize(pixels.movedim(-1, 1), image_size).contiguous().float()  # channels last in memory until here
+    for channel, mean, std in zip(images.unbind(1), MEAN, STD, strict=True):
+        channel.sub_(255 * mean).div_(255 * std)
+    return images
+
+
+def input_transform(config):
+    """The function from a PIL image to the network's input (3, image_size, image_size) float32, exactly as the loader
+    prepares a validation image. config: a run's config.json as a dict."""
+
+    def transform(image):
+        image = to_rgb(image)
+        if config["task"] == "segmentation":
+            pixels = stretch(image, config["image_size"])
+        else:
+            pixels = square(image, config["crop_size"], config["resize_size"])
+        return to_input(pixels[None], config["image_size"])[0]
+
+    return transform
