@@ -20,14 +20,17 @@ from common.backbone import prepare_backbone
 from data import PROTOCOLS, Loader, load_data, resolve_dataset
 from grpo_rm import ClassificationHead, Policy, train
 
-PAPER = {"lr": 1e-3, "lr_end": 1e-5}  # for a batch of 256
+PAPER_LR = 1e-3  # for a batch of 256
 
 
 def parse_args(argv):
     parser = cli.ArgumentParser(__doc__)
     cli.add_data_arguments(parser, list(PROTOCOLS["classification"]))
     cli.add_model_arguments(parser)
-    cli.add_training_arguments(parser, **PAPER, batch_size=1024)
+    cli.add_training_arguments(parser, lr=PAPER_LR, batch_size=1024)
+    add = parser.add_argument_group("classification").add_argument
+    add("--label-noise", type=cli.number(0, 1), default=0.0, metavar="SHARE",
+        help="replace this share of the training labels with other classes, to study wrong labels")  # fmt: skip
     parser.set_defaults(background_penalty=0.0)  # only train_seg.py has this flag
     return parser.parse_args(argv)
 
@@ -46,14 +49,15 @@ def head_accuracy(policy, loader, world):
 def main(argv=None):
     args = parse_args(argv)
     world = distributed.start_processes(args.device)
-    cli.resolve_training_arguments(args, world, resolve_dataset(args, "classification"), **PAPER)
+    protocol = resolve_dataset(args, "classification")
+    cli.resolve_training_arguments(args, world, protocol, lr=PAPER_LR)
     train_split, val_split = load_data(args, world)
     args.classes, args.train_images = train_split.classes, len(train_split)
     backbone = prepare_backbone(args, world)
     head = ClassificationHead(backbone.embed_dim, len(args.classes), args.hidden_dim)
     policy = Policy(backbone, head, args.amp).to(world.device)  # line 1 of Algorithm 1
 
-    loader = Loader(train_split, args, world, train=True, augment=args.augment == "default")
+    loader = Loader(train_split, args, world, augment=args.augment == "default")
     val_loader = Loader(val_split, args, world)
     train(policy, loader, lambda: head_accuracy(policy, val_loader, world), args, world)
 

@@ -22,17 +22,17 @@ import torch
 from common import cli, distributed
 from common.backbone import prepare_backbone
 from data import PROTOCOLS, Loader, load_data, resolve_dataset
-from eval_linear import confusion_matrix, segmentation_scores
+from common.features import confusion_matrix, segmentation_scores
 from grpo_rm import Policy, SegmentationHead, train
 
-PAPER = {"lr": 1e-5, "lr_end": 1e-7}  # for a batch of 256
+PAPER_LR = 1e-5  # for a batch of 256
 
 
 def parse_args(argv):
     parser = cli.ArgumentParser(__doc__)
     cli.add_data_arguments(parser, list(PROTOCOLS["segmentation"]))
     cli.add_model_arguments(parser)
-    cli.add_training_arguments(parser, **PAPER, batch_size=256)
+    cli.add_training_arguments(parser, lr=PAPER_LR, batch_size=256)
     add = parser.add_argument_group("segmentation").add_argument
     add("--map-size", type=cli.whole(1), default=128, help="side of the map of classified pixels; the paper's is 128")
     add("--background-penalty", type=cli.number(0), default=0.5,
@@ -56,14 +56,15 @@ def head_scores(policy, loader, world):
 def main(argv=None):
     args = parse_args(argv)
     world = distributed.start_processes(args.device)
-    cli.resolve_training_arguments(args, world, resolve_dataset(args, "segmentation"), **PAPER)
+    protocol = resolve_dataset(args, "segmentation")
+    cli.resolve_training_arguments(args, world, protocol, lr=PAPER_LR)
     train_split, val_split = load_data(args, world)
     args.classes, args.train_images = train_split.classes, len(train_split)
     backbone = prepare_backbone(args, world)
     head = SegmentationHead(backbone.embed_dim, len(args.classes), args.hidden_dim, args.map_size)
     policy = Policy(backbone, head, args.amp).to(world.device)  # line 1 of Algorithm 1
 
-    loader = Loader(train_split, args, world, train=True, augment=args.augment == "default")
+    loader = Loader(train_split, args, world, augment=args.augment == "default")
     val_loader = Loader(val_split, args, world)
     train(policy, loader, lambda: head_scores(policy, val_loader, world), args, world)
 

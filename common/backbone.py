@@ -1,13 +1,13 @@
 """The representation model f_pre of Algorithm 1: DINOv2, another model of a hub repository, or the demo's vit_tiny."""
 
 import os
-import pickle
 import re
 import sys
 import warnings
 
 import torch
 
+from common.checkpoint import load_tensors
 from common.cli import InputError, first_line
 from common.demo import VitTiny
 from common.distributed import in_turn
@@ -28,6 +28,8 @@ def load_backbone(name, *, hub_repo=None, weights=None):
     All parameters but the unused mask_token are trainable. Raises InputError for anything that cannot be loaded.
     """
     if name == "vit_tiny":
+        if hub_repo:
+            raise InputError(f"--hub-repo {hub_repo}: vit_tiny is built in; leave one of the two out")
         backbone = VitTiny()
     elif name in DINOV2 or hub_repo:
         backbone = load_from_hub(name, hub_repo or HUB_REPO, pretrained=weights is None)
@@ -64,12 +66,7 @@ def load_from_hub(name, hub_repo, *, pretrained):
 
 def load_strictly(module, path):
     """Load the state dict in the file `path`. Names and shapes must match, numbers be finite; else InputError."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # torch warns of odd pickles before it refuses them
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes torch.load raise almost anything
-        reason = "not a file of plain tensors" if isinstance(error, pickle.UnpicklingError) else first_line(error)
-        raise InputError(f"weights file {path} cannot be loaded ({reason}); give a state dict of torch.save") from error
+    state = load_tensors(path, "give a state dict of torch.save")
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"weights file {path} does not hold a state dict (name -> tensor); give backbone.pth of a run")
     try:

@@ -76,11 +76,13 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
 def number(low, high=math.inf, *, above=False, kind=float):
     """An argparse type: a finite number of `kind` in [low, high], or in (low, high] with `above`."""
+    bound = f"above {low:g}" if above else f"at least {low:g}"
+    if high < math.inf:
+        bound += f" and at most {high:g}"
 
     def parse(text):
         value = kind(text)
         if not (math.isfinite(value) and low <= value <= high) or (above and value == low):
-            bound = f"{'above' if above else 'at least'} {low:g}" + f" and at most {high:g}" * (high < math.inf)
             raise argparse.ArgumentTypeError(f"{text!r} must be a {parse.__name__} {bound}")
         return value
 
@@ -96,45 +98,44 @@ def add_data_arguments(parser, names):
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default=names[0], metavar="NAME", help=", ".join(names) + " (your own images)")
     add("--data-root", metavar="DIR", help="where the datasets live; default: $GRPO_RM_DATA, else ./datasets")
-    add("--download", action=argparse.BooleanOptionalAction, default=True, help="fetch what is missing and may be")
+    add("--download", action=argparse.BooleanOptionalAction, default=True, help="download a dataset that is missing")
     add("--image-size", type=whole(1), help="side in pixels, a multiple of the patch size; default: the dataset's")
-    add("--limit-train", type=whole(1), metavar="N", help="N training images at even distances")
-    add("--limit-val", type=whole(1), metavar="N", help="N validation images at even distances")
-    add("--workers", type=whole(0), default=min(8, os.cpu_count() or 1), help="of each rank, to decode images")
+    add("--limit-train", type=whole(1), metavar="N", help="use N training images, evenly spaced")
+    add("--limit-val", type=whole(1), metavar="N", help="use N validation images, evenly spaced")
+    add("--workers", type=whole(0), default=min(8, os.cpu_count() or 1), help="processes per rank that decode images")
 
 
 def add_model_arguments(parser):
     """Backbone, device and precision."""
     add = parser.add_argument_group("model and machine").add_argument
-    add("--backbone", help="dinov2_vit{s,b,l,g}14[_reg], vit_tiny, or one of --hub-repo; the paper's is dinov2_vits14")
-    add("--hub-repo", help="owner/repo[:ref], or a local directory with hub code (random weights unless --weights)")
-    add("--weights", help="state dict that the backbone starts from; every name and shape must match")
-    add("--seed", type=whole(0, 2**32 - 1), default=0, help="of random weights, batches, augmentation; the paper has 5")
+    add("--backbone", help="dinov2_vits14 (the paper's), b14, l14 or g14, each also with _reg; vit_tiny; one of --hub-repo")
+    add("--hub-repo", help="owner/repo[:ref], or a local directory of hub code, which has random weights without --weights")
+    add("--weights", help="file with the backbone's state dict; every name and shape must match")
+    add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of weights, batches and augmentation; the paper has 5")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto is cuda where there is one")
     add("--amp", choices=["auto", "bf16", "off"], default="auto", help="mixed precision; auto: bf16 on a GPU that can")
 
 
-def add_training_arguments(parser, *, lr, lr_end, batch_size):
-    """Objective, optimisation and files of a run; the paper's batch_size and, for a batch of 256, lr and lr_end."""
+def add_training_arguments(parser, *, lr, batch_size):
+    """Objective, optimisation and files of a run; the paper's batch_size and, for a batch of 256, learning rate."""
     add = parser.add_argument_group("objective").add_argument
     add("--method", choices=["grpo_rm", "finetune"], default="grpo_rm", help="finetune: cross-entropy, all else equal")
     add("--clip-eps", type=number(0, 1, above=True), default=0.2, help="eps of Eq. (1); the paper's is 0.2")
     add("--uniformity", choices=["eq4", "eq5", "none"], default="eq4", help="uniformity reward; the paper's is eq4")
     add("--accuracy-weight", type=number(0), default=1.0, help="w_acc of Eq. (6); the paper's is 1")
     add("--uniformity-weight", type=number(0), default=1.0, help="w_uni of Eq. (6); the paper's is 1")
-    add("--group-weighting", choices=["uniform", "policy"], default="uniform", help="of outputs: 1/c (the paper) or q")
-    add("--ratio-floor", type=number(0), default=1.0, help="F in rho = p / (q + F/c); 0: as printed, can blow up")
+    add("--ratio-floor", type=number(0), default=1.0, help="F in rho = p / (q + F/c); the paper's is 0, which can blow up")
     add("--old-policy-every", type=whole(1), metavar="STEPS",
-        help="refresh the old policy so often; default: the paper's epoch; with 1 the clip limits nothing")  # fmt: skip
+        help="refresh the old policy every so many steps; default: every epoch, the paper's; few are dangerous")  # fmt: skip
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=whole(1), default=100, help="the paper's is 100; a few are too few: docs/decisions.md")
+    add("--epochs", type=whole(1), default=100, help="the paper's is 100; GRPO-RM needs 30 or more")
     add("--batch-size", type=whole(1), default=batch_size, help=f"global batch m; the paper's is {batch_size}")
-    add("--grad-accum", type=whole(1), default=1, help="parts of each process's batch, to save memory; same result")
+    add("--grad-accum", type=whole(1), default=1, help="split each process's batch to save memory; same result")
     add("--lr", type=number(0, above=True), help=f"first learning rate; default: the paper's {lr:g} * m/256")
-    add("--lr-end", type=number(0), help=f"last learning rate; default: the paper's {lr_end:g} * m/256")
+    add("--lr-end", type=number(0), help="last learning rate; default: a hundredth of --lr, the paper's ratio")
     add("--head-lr-factor", type=number(0, above=True), default=1.0, help="multiplies the head's rate; the paper: 1")
-    add("--warmup-epochs", type=number(0), help="linear; default: 5, at most a fifth of --epochs; the paper: 0")
+    add("--warmup-epochs", type=number(0), help="linear warm-up; default: 5, at most a fifth of --epochs; the paper: 0")
     add("--max-grad-norm", type=number(0, above=True), help="clip the gradient's norm; default: off, as in the paper")
     add("--hidden-dim", type=whole(1), help="width of the head; default: the paper's 256, 64 for VOC and shapes_seg")
     add("--train-fraction", type=number(0, 1, above=True), default=1.0, help="random share of the training set")
@@ -143,17 +144,17 @@ def add_training_arguments(parser, *, lr, lr_end, batch_size):
     add = parser.add_argument_group("run").add_argument
     add("--output-dir", help="default: runs/<dataset>/<method>/seed<seed>")
     add("--resume", action="store_true", help="go on from --output-dir's checkpoint, or start where there is none")
-    add("--checkpoint-minutes", type=number(0), default=10.0, help="save that often, at a log line; and at the end")
+    add("--checkpoint-minutes", type=number(0), default=10.0, help="time between checkpoints")
     add("--log-every", type=whole(1), default=10, metavar="STEPS", help="steps per line of log.jsonl")
-    add("--eval-every", type=whole(1), default=5, metavar="EPOCHS", help="validate that often, and at the end")
+    add("--eval-every", type=whole(1), default=5, metavar="EPOCHS", help="epochs between validations")
     add("--max-steps", type=whole(1), help="stop after so many steps; the schedule stays that of --epochs")
-    add("--compile", action="store_true", help="torch.compile of backbones and loss: some minutes once, then faster")
+    add("--compile", action="store_true", help="torch.compile backbones and loss: some minutes once, then faster")
 
 
-def resolve_training_arguments(args, world, protocol, *, lr, lr_end):
-    """Fill in defaults that depend on others. protocol: data.Protocol; lr, lr_end: the paper's for a batch of 256."""
-    resolve_model_arguments(args, world, protocol)
-    resolve_learning_rate(args, lr, lr_end)
+def resolve_training_arguments(args, world, protocol, *, lr):
+    """Fill in defaults that depend on others. protocol: data.Protocol; lr: the paper's for a batch of 256."""
+    resolve_model_arguments(args, world)
+    resolve_learning_rate(args, lr)
     if args.warmup_epochs is None:
         args.warmup_epochs = min(5.0, args.epochs / 5)
     if args.warmup_epochs >= args.epochs:
@@ -162,20 +163,21 @@ def resolve_training_arguments(args, world, protocol, *, lr, lr_end):
     args.output_dir = args.output_dir or f"runs/{args.dataset}/{args.method}/seed{args.seed}"
 
 
-def resolve_learning_rate(args, lr, lr_end):
-    """The paper's rule where nothing was given: lr * m/256 falling to lr_end * m/256, m the batch size."""
+def resolve_learning_rate(args, lr):
+    """The paper's rule where nothing was given: lr * m/256, m the batch size, falling to a hundredth."""
     args.lr = args.lr or lr * args.batch_size / 256
-    args.lr_end = min(args.lr, lr_end * args.batch_size / 256) if args.lr_end is None else args.lr_end
+    if args.lr_end is None:
+        args.lr_end = args.lr / 100
     if args.lr_end > args.lr:
         raise InputError(f"--lr-end {args.lr_end:g} is above --lr {args.lr:g}; the rate can only fall")
 
 
-def resolve_model_arguments(args, world, protocol):
-    """The defaults that belong to the dataset and the device."""
+def resolve_model_arguments(args, world):
+    """The defaults that belong to the dataset and the device. Raises InputError for a file that is not there."""
     if args.weights and not os.path.isfile(args.weights):
         raise InputError(f"--weights {args.weights}: no such file; give a state dict, such as backbone.pth of a run")
-    args.backbone = args.backbone or ("vit_tiny" if args.dataset.startswith("shapes") else "dinov2_vits14")
-    args.image_size = args.image_size or protocol.image_size
+    if args.backbone is None:
+        args.backbone = "vit_tiny" if args.dataset.startswith("shapes") else "dinov2_vits14"
     if args.amp == "auto":
         bf16 = world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.amp = "bf16" if bf16 else "off"

@@ -1,7 +1,6 @@
 """The processes of a run, one for each GPU: their start, their turns, progress bars, sums and means over them."""
 
 import contextlib
-import functools
 import os
 from datetime import timedelta
 from typing import NamedTuple
@@ -11,6 +10,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common.cli import InputError
+
+PEAKS = {"max_ratio", "signal"}  # of these a meter keeps the largest value, of all others the mean
 
 
 class World(NamedTuple):
@@ -44,20 +45,22 @@ def start_processes(device="auto"):
 
 @contextlib.contextmanager
 def in_turn(world, what):
-    """Rank 0, then one rank of every other node, then all others: what is missing is downloaded once, whether the nodes
-    share a file system or not. They wait in the store, which no collective's time limit touches. `what`: its key."""
-    node = os.environ.get("GROUP_RANK", "0")
-    if world.rank != 0:
-        world.store.wait([f"{what} {'0' if world.local_rank == 0 else node}"], timedelta(days=7))
+    """Rank 0, then the first rank of every other node, then all others: what is missing is downloaded once, whether the
+    nodes share a file system or not. They wait in the store, which no collective's time limit touches. `what`: its key."""
+    first_node, this_node = f"{what} on node 0", f"{what} on node {os.environ.get('GROUP_RANK', '0')}"
+    first_of_node = world.local_rank == 0
+    if world.rank > 0:
+        world.store.wait([first_node if first_of_node else this_node], timedelta(days=7))
     yield
-    if world.local_rank == 0 and world.store:
-        world.store.set(f"{what} {node}", "done")
+    if first_of_node and world.size > 1:
+        world.store.set(this_node, "done")
 
 
 def all_reduce(*tensors):
     """Sum each over all processes, in place."""
-    for tensor in tensors if dist.is_initialized() else ():
-        dist.all_reduce(tensor)
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
 
 def progress(items, label, world, total=None):
@@ -66,32 +69,38 @@ def progress(items, label, world, total=None):
 
 
 class Meter:
-    """Means over samples since the last reading, and peaks. Sums stay on the device, so that no step waits for it."""
+    """Weighted means, and peaks, since the last reading. Sums stay on the device, so that no step waits for it."""
 
     def __init__(self):
-        self.pairs = {}  # {name: tensor (sum, weight)}, or (peak, 1) where the name begins with max_
+        self.sums = {}  # {name: tensor (weighted sum, weight)}, for PEAKS (largest value, 1)
 
-    def add(self, samples, stats):
-        """stats: {name: mean over so many samples, or peak}."""
+    def add(self, weight, stats):
+        """stats: {name: mean over `weight` samples, or peak}."""
         pairs = {}
         for name, value in stats.items():
             value = torch.as_tensor(value, dtype=torch.float64)
-            pairs[name] = torch.stack([value, torch.ones_like(value)]) * (1 if name.startswith("max_") else samples)
-        self.pairs = merge(self.pairs, pairs)
+            pair = torch.stack([value, torch.ones_like(value)])
+            pairs[name] = pair if name in PEAKS else pair * weight
+        self.sums = merge(self.sums, pairs)
 
     def read(self, world):
-        """{name: (sum, weight) or (peak, 1)} over all processes; the meter starts anew."""
-        table = torch.stack([pair.to(world.device) for pair in self.pairs.values()])  # (names, 2)
-        tables = [table]
-        if dist.is_initialized():
-            tables = [torch.empty_like(table) for _ in range(world.size)]
-            dist.all_gather(tables, table)
-        names, self.pairs = list(self.pairs), {}
-        return functools.reduce(merge, (dict(zip(names, pairs, strict=True)) for pairs in torch.stack(tables).cpu()))
+        """{name: (weighted sum, weight) or (largest value, 1)} over all processes; the meter starts anew."""
+        names, pairs = list(self.sums), torch.stack([pair.to(world.device) for pair in self.sums.values()])
+        self.sums = {}
+        tables = [torch.empty_like(pairs) for _ in range(world.size)]  # (names, 2) of each process
+        if world.size > 1:
+            dist.all_gather(tables, pairs)
+        else:
+            tables = [pairs]
+        reading = {}
+        for table in torch.stack(tables).cpu():
+            reading = merge(reading, dict(zip(names, table, strict=True)))
+        return reading
 
 
 def merge(one, other):
     """Two readings of a meter as one."""
-    both = one.keys() & other.keys()
-    merged = {k: torch.maximum(one[k], other[k]) if k.startswith("max_") else one[k] + other[k] for k in both}
-    return one | other | merged
+    merged = one | other
+    for name in one.keys() & other.keys():
+        merged[name] = torch.maximum(one[name], other[name]) if name in PEAKS else one[name] + other[name]
+    return merged

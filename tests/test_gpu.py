@@ -30,7 +30,7 @@ CASES = list(itertools.product(("cls", "seg"), ("off", "bf16"), ([], ["--compile
 
 @pytest.mark.parametrize("shape", [(1024, 1000), (2, 171, 128, 128)], ids=["samples", "maps"])
 @pytest.mark.parametrize("options", [
-    {"ratio_floor": 0.1}, {"uniformity": "eq5", "background_penalty": 0.5}, {"weighting": "policy"},
+    {"ratio_floor": 0.1}, {"uniformity": "eq5", "background_penalty": 0.5},
 ], ids=["floor", "eq5", "policy"])  # fmt: skip
 def test_the_compiled_loss_equals_the_eager_one_and_keeps_little(shape, options):
     torch._dynamo.reset()
@@ -59,7 +59,7 @@ def make_step(task, amp, compiled):
     script, flags = (train_cls, SHAPES) if task == "cls" else (train_seg, SCENES)
     args = script.parse_args([*flags, "--amp", amp, "--ratio-floor", "0", *compiled])
     protocol = data.resolve_dataset(args, "classification", "segmentation")
-    cli.resolve_training_arguments(args, WORLD, protocol, **script.PAPER)
+    cli.resolve_training_arguments(args, WORLD, protocol, lr=script.PAPER_LR)
     split, _ = data.load_data(args, WORLD)
     head = ClassificationHead(96, 10) if task == "cls" else SegmentationHead(96, 11, 64, args.map_size)
     policy = Policy(grpo_rm.load_backbone("vit_tiny"), head, args.amp).to("cuda")
@@ -70,7 +70,7 @@ def make_step(task, amp, compiled):
     for network in (policy, old_policy) if args.compile else ():
         network.encoder.compile(dynamic=False)
     rest = (policy.encoder, grpo_rm.make_loss(args), grpo_rm.make_optimizer(policy, args))
-    meter, loader = Meter(), data.Loader(split, args, WORLD, train=True, augment=True)
+    meter, loader = Meter(), data.Loader(split, args, WORLD, augment=True)
 
     def step(epoch):
         images, targets = next(loader.epoch(epoch))

@@ -18,10 +18,8 @@ from grpo_rm import accuracy_reward, cross_entropy_loss, group_advantages, grpo_
 from tools.bench import bytes_kept
 
 OPTIONS = [
-    dict(uniformity=uniformity, weighting=weighting, ratio_floor=floor, background_penalty=penalty)
-    for uniformity, weighting, floor, penalty in itertools.product(
-        ["eq4", "eq5", "none"], ["uniform", "policy"], [0.0, 0.1], [0.0, 0.3]
-    )
+    dict(uniformity=uniformity, ratio_floor=floor, background_penalty=penalty)
+    for uniformity, floor, penalty in itertools.product(["eq4", "eq5", "none"], [0.0, 0.1], [0.0, 0.3])
 ]
 every_option = pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
 
@@ -37,7 +35,7 @@ def random_case(n=7, c=5, seed=0, apart=0.5):
 def void_case(**options):
     """The same with two void samples, of which one would have an enormous ratio."""
     logits, old, targets = random_case(**options)
-    logits[1, 0], old[1, 0], targets[1:3] = 50, -50, 255
+    logits[1, 0], old[1, 0], targets[1:3] = 50, -50, -100
     return logits, old, targets
 
 
@@ -47,13 +45,13 @@ def softmax(row):
 
 
 def naive_loss(
-    logits, old, targets, *, uniformity, weighting, ratio_floor, background_penalty,
+    logits, old, targets, *, uniformity, ratio_floor, background_penalty,
     accuracy_weight=1, uniformity_weight=1, clip_eps=0.2,
 ):  # fmt: skip
     """Eqs. (1) to (6) one number at a time, with quotients of probabilities as they are printed."""
     total, clipped, ratios, kl, entropy, hits, count = 0, [], [], 0, 0, 0, 0
     for row, old_row, k in zip(logits, old, targets.tolist(), strict=True):
-        if k == 255:
+        if k == -100:
             continue
         count += 1
         p, q, c = softmax(row), [x.item() for x in softmax(old_row)], len(row)
@@ -63,14 +61,13 @@ def naive_loss(
             uniform = {"eq4": -q[i], "eq5": eq5, "none": 0}[uniformity]
             background = background_penalty * c if i == 0 else 0
             r.append(accuracy_weight * (c if i == k else 0) + uniformity_weight * uniform - background)
-        w = q if weighting == "policy" else [1 / c] * c
-        mean = sum(w[i] * r[i] for i in range(c))
-        std = math.sqrt(sum(w[i] * (r[i] - mean) ** 2 for i in range(c))) + (1e-4 if weighting == "policy" else 0)
+        mean = sum(r) / c
+        std = math.sqrt(sum((r[i] - mean) ** 2 for i in range(c)) / c)
         for i in range(c):
             A, rho = (r[i] - mean) / std, p[i] / (q[i] + ratio_floor / c)
             p_i, rho_i = p[i].item(), rho.item()
             inside = min(max(rho_i, 1 - clip_eps), 1 + clip_eps)
-            total += w[i] * (rho * A if rho_i * A <= inside * A else inside * A)
+            total += 1 / c * (rho * A if rho_i * A <= inside * A else inside * A)
             clipped.append((A > 0 and rho_i > 1 + clip_eps) or (A < 0 and rho_i < 1 - clip_eps))
             ratios.append(rho_i)
             kl += q[i] * math.log(q[i] / p_i)
@@ -163,6 +160,36 @@ def test_eq5_rewards_as_printed():
     torch.testing.assert_close(rewards, torch.tensor([[0.35 - 0.5, 0.3, 0.35 - 0.2]], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("c", [2, 3, 10, 200])
+@pytest.mark.parametrize("floor", [0.3, 1.0, 3.0])
+def test_with_a_floor_it_is_cross_entropy_that_weighs_each_sample(c, floor):
+    """Right after a refresh, where all wrong classes are clipped: A_k/c times the gradient of -log(p_k + F/c), which is
+    cross-entropy's times p_k/(p_k + F/c). Each of m wrong classes that are not clipped adds at most about 1/(c - 1)."""
+    generator = torch.Generator().manual_seed(c)
+    logits = torch.randn(200, c, generator=generator, dtype=torch.float64)
+    logits *= torch.linspace(0.1, 10, 200)[:, None]  # from unsure to sure
+    targets = torch.randint(c, (200,), generator=generator)
+    targets[::2] = logits[::2].argmax(1)
+    p_k = logits.softmax(1).gather(1, targets[:, None])[:, 0]
+    A_k = math.sqrt(c - 1)  # with the accuracy reward alone
+
+    def gradients(losses):
+        return torch.autograd.grad(losses.sum(), x)[0]
+
+    x = logits.clone().requires_grad_()
+    found = gradients(200 * grpo_rm_loss(x, logits, targets, uniformity="none", ratio_floor=floor)[0])
+    weighted = A_k / c * gradients(-torch.log(x.softmax(1).gather(1, targets[:, None]) + floor / c))
+    cross_entropy = gradients(nn.functional.cross_entropy(x, targets, reduction="none"))
+    torch.testing.assert_close(weighted, A_k / c * (p_k / (p_k + floor / c))[:, None] * cross_entropy)
+    wrong = nn.functional.one_hot(targets, c) == 0
+    unclipped = ((logits.softmax(1) >= 4 * floor / c) & wrong).sum(1)  # m, of each sample
+    exact = unclipped == 0
+    assert exact.any() and exact.all() == (4 * floor >= c)
+    torch.testing.assert_close(found[exact], weighted[exact], rtol=1e-12, atol=1e-16)
+    difference = (found - weighted).norm(dim=1) / (A_k / c * math.sqrt(2))  # of what one sample can pull
+    assert (difference <= unclipped / (c - 1) + 1e-12).all()
+
+
 @pytest.mark.parametrize("constant", [0.0, 0.1, -3.7, 1000 / 3])
 def test_equal_rewards_give_no_advantage(constant):
     """Such a group says nothing about its outputs; what is left of the mean is rounding."""
@@ -198,19 +225,19 @@ def test_ignored_samples_leave_everything_untouched(method):
 def test_all_ignored_is_zero_not_nan():
     logits, old, _ = random_case()
     logits.requires_grad_()
-    targets = torch.full((7,), 255)
+    targets = torch.full((7,), -100)
     for loss, stats in (grpo_rm_loss(logits, old, targets), cross_entropy_loss(logits, targets)):
         assert loss == 0 and (torch.autograd.grad(loss, logits)[0] == 0).all()
         assert stats["accuracy"] == 0 and all(value.isfinite() for value in stats.values())
 
 
-def test_class_255_is_a_class_when_asked():
-    """ImageNet has a class 255; the default void label would drop it."""
+def test_255_is_a_class_unless_asked():
+    """ImageNet has a class 255; void is torch's own -100."""
     logits, old, _ = random_case(n=3, c=300)
     targets = torch.tensor([255, 255, 255])
-    assert grpo_rm_loss(logits, old, targets)[0] == cross_entropy_loss(logits, targets)[0] == 0
-    assert grpo_rm_loss(logits, old, targets, ignore_index=-100)[0] != 0
-    assert cross_entropy_loss(logits, targets, ignore_index=-100)[0] != 0
+    assert grpo_rm_loss(logits, old, targets)[0] != 0 != cross_entropy_loss(logits, targets)[0]
+    assert grpo_rm_loss(logits, old, targets, ignore_index=255)[0] == 0
+    assert cross_entropy_loss(logits, targets, ignore_index=255)[0] == 0
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -252,7 +279,6 @@ def test_ratio_floor_bounds_the_ratio_and_clips_what_is_below_it():
     "change",
     [
         dict(uniformity="eq6"),
-        dict(weighting="half"),
         dict(targets=torch.zeros(3, dtype=torch.int64)),
         dict(old_logits=torch.zeros(7, 4)),
         dict(logits=torch.zeros(2, 4, 3, 5), old_logits=torch.zeros(2, 4, 3, 5), targets=torch.zeros(2, 5, 3).long()),
@@ -260,7 +286,7 @@ def test_ratio_floor_bounds_the_ratio_and_clips_what_is_below_it():
         dict(logits=torch.zeros(7, 1), old_logits=torch.zeros(7, 1)),
         dict(logits=torch.zeros(7, 5, 1), old_logits=torch.zeros(7, 5, 1), targets=torch.zeros(7, 1).long()),
     ],
-    ids=["uniformity", "weighting", "targets", "old_logits", "transposed map", "map and no map", "one output", "3-D"],
+    ids=["uniformity", "targets", "old_logits", "transposed map", "map and no map", "one output", "3-D"],
 )
 def test_bad_arguments_raise(change):
     logits, old, targets = random_case()

@@ -20,7 +20,7 @@ from common.backbone import DINOV2, load_backbone, load_strictly, prepare_backbo
 from common.cli import InputError
 from common.demo import VitTiny
 from common.distributed import Meter
-from grpo_rm import IGNORE, ClassificationHead, Policy, SegmentationHead
+from grpo_rm import ClassificationHead, Policy, SegmentationHead
 
 HUBCONF = """
 import torch
@@ -121,7 +121,8 @@ def test_a_failed_download_is_one_line(monkeypatch):
 def test_unknown_names(hub_repo):
     reasons = {"resnet50": "resnet50 from", "resnet": "no forward_features", "strange": "'pretrained'"}
     cases = [(name, hub_repo, reason) for name, reason in reasons.items()]
-    for name, repo, reason in [*cases, ("dinov2_vits15", None, "vits14_reg"), ("resnet", "no directory", "owner/repo")]:
+    cases += [("vit_tiny", hub_repo, "vit_tiny is built in"), ("resnet", "no directory", "owner/repo")]
+    for name, repo, reason in [*cases, ("dinov2_vits15", None, "vits14_reg")]:
         with pytest.raises(InputError, match=reason):
             load_backbone(name, hub_repo=repo)
 
@@ -197,18 +198,19 @@ def test_chunks_give_the_gradients_of_the_whole_batch(method, monkeypatch):
     torch.manual_seed(0)
     policy, old_policy = (Policy(VitTiny(), SegmentationHead(96, 5, 8, 6)).double() for _ in range(2))
     images, targets = torch.randn(7, 3, 28, 28, dtype=torch.float64), torch.randint(5, (7, 6, 6))
-    targets[0], targets[3, :2] = IGNORE, IGNORE  # chunks weigh differently
+    targets[0], targets[3, :2] = -100, -100  # void: chunks weigh differently
     loss_function = grpo_rm.make_loss(train_cls.parse_args(["--method", method]))
     loss, stats = loss_function(policy(images), old_policy(images).detach(), targets)
     loss.backward()
     expected = {name: p.grad for name, p in policy.named_parameters()}
-    sizes, old, share = [], old_policy if method == "grpo_rm" else None, 1 / (targets != IGNORE).sum().double()
+    old = old_policy if method == "grpo_rm" else None
+    sizes, weight = [], 1 / (targets >= 0).sum().double()
     policy.head.register_forward_hook(lambda module, tokens, logits: sizes.append(len(logits)))
     for chunk in (100, 3, 0):  # a chunk is one image at least
-        monkeypatch.setitem(grpo_rm.LOGITS_AT_ONCE, "cpu", chunk * 5 * 6**2 + 7)
+        monkeypatch.setitem(grpo_rm.VALUES_AT_ONCE, "cpu", chunk * 8 * 6**2 + 7)  # 8 hidden channels, 5 classes
         policy.zero_grad()
         meter = Meter()
-        grpo_rm.backward(policy, old, policy.encoder, loss_function, images, targets, share, meter)
+        grpo_rm.accumulate_gradients(policy, old, policy.encoder, loss_function, images, targets, weight, meter)
         torch.testing.assert_close(
             {name: p.grad for name, p in policy.named_parameters()}, expected, atol=1e-13, rtol=1e-9
         )

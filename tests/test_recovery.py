@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import time
@@ -139,20 +140,32 @@ def test_resume_refuses_other_images_and_other_classes(image_folder, tmp_path, c
     assert "classes is ['class0', 'class1', 'klass2'], but" in stderr_of(capsys, train_cls.main, *flags, "--resume")
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path, capsys):
     train_cls.main([*RUN, "--max-steps", "6", "--output-dir", str(tmp_path)])
     before = (tmp_path / "checkpoint.pt").read_bytes()
 
-    def full_disk(state, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(torch, "save", full_disk)
-        train_cls.main([*RUN, "--resume", "--checkpoint-minutes", "0", "--output-dir", str(tmp_path)])
+    flags = [*RUN, "--resume", "--checkpoint-minutes", "0", "--output-dir", tmp_path]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # no file may be larger: as on a full disk, a write fails
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    try:
+        error = stderr_of(capsys, train_cls.main, *flags, status=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"{tmp_path}/checkpoint.pt cannot be written ([Errno 27] File too large)" in error and not list(tmp_path.glob(".*"))
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     train_cls.main([*RUN, "--resume", "--output-dir", str(tmp_path)])
     assert_same_runs(whole, tmp_path)
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path, capsys):
+    train_cls.main([*RUN, "--max-steps", "2", "--output-dir", str(tmp_path)])
+    assert "--max-steps: ended at step 2 of 20" in capsys.readouterr().out
+    checkpoint = tmp_path / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
+    log = (tmp_path / "log.jsonl").read_bytes()
+    error = stderr_of(capsys, train_cls.main, *RUN, "--resume", "--output-dir", tmp_path)
+    assert f"{checkpoint} cannot be loaded" in error and "delete it and backbone.pth" in error
+    assert (tmp_path / "log.jsonl").read_bytes() == log
 
 
 # Signals and kills

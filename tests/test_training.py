@@ -39,7 +39,7 @@ def weights(directory, name="backbone.pth"):
 def parse(script, *flags):
     args = script.parse_args(["--device", "cpu", *map(str, flags)])
     protocol = data.resolve_dataset(args, "classification", "segmentation")
-    cli.resolve_training_arguments(args, CPU, protocol, **script.PAPER)
+    cli.resolve_training_arguments(args, CPU, protocol, lr=script.PAPER_LR)
     return args
 
 
@@ -52,7 +52,17 @@ class DoubleLoader(data.Loader):
             yield images.double(), targets
 
 
-def train_in_double(directory, world, task, *flags):
+def freeze(policy, part):
+    """As a fork would, in one line."""
+    if part == "half":
+        policy.encoder.backbone.vit.encoder.layers[:2].requires_grad_(False)
+    elif part == "backbone":
+        policy.encoder.backbone.requires_grad_(False)
+    elif part == "layer":
+        policy.head[0].requires_grad_(False)
+
+
+def train_in_double(directory, world, task, *flags, frozen=None):
     """Two epochs of three steps, the last of 2 images: a third process has none."""
     script, count = (train_cls, 82) if task == "cls" else (train_seg, 22)
     batch = ["--batch-size", "40"] if task == "cls" else ["--batch-size", "10", *MAPS]
@@ -64,7 +74,8 @@ def train_in_double(directory, world, task, *flags):
     shape = (96, len(split.classes), 32)
     head = ClassificationHead(*shape) if task == "cls" else SegmentationHead(*shape, args.map_size)
     policy = Policy(load_backbone("vit_tiny"), head).double()
-    loader = DoubleLoader(split, args, world, train=True, augment=True)
+    freeze(policy, frozen)
+    loader = DoubleLoader(split, args, world, augment=True)
     grpo_rm.train(policy, loader, dict, args, world)
 
 
@@ -87,6 +98,9 @@ def keep(graphs, graph, inputs):
     return graph
 
 
+FROZEN = ("half", "backbone", "layer")
+
+
 def train_in_processes(world, root):
     """Everything that several processes are needed for, in one start of them."""
     rank, size = world.rank, world.size
@@ -94,6 +108,8 @@ def train_in_processes(world, root):
         flags = ["--method", method, "--grad-accum", "2" if size == 2 else "1"]
         train_in_double(f"{root}/{task} {method} {size} processes", world, task, *flags)
     if size == 2:
+        for part in FROZEN:
+            train_in_double(f"{root}/{part} frozen, 2 processes", world, "seg", "--grad-accum", "2", frozen=part)
         meter = Meter()
         meter.add(3 - 2 * rank, {"loss": rank, "max_ratio": 5 - rank})  # weights 3 and 1
         readings = [{name: pair.tolist() for name, pair in meter.read(world).items()}]
@@ -136,6 +152,20 @@ def assert_equal_runs(one, other):
 ])  # fmt: skip
 def test_processes_and_accumulation_change_nothing(task, method, other, trained):
     assert_equal_runs(trained / f"{task} {method} one", trained / f"{task} {method} {other}")
+
+
+@pytest.mark.parametrize("part", FROZEN)
+def test_what_is_frozen_stays_and_the_rest_trains(part, trained, tmp_path):
+    """On one and two processes, to the same weights."""
+    train_in_double(tmp_path, CPU, "seg", frozen=part)
+    assert_equal_runs(tmp_path, trained / f"{part} frozen, 2 processes")
+    torch.manual_seed(0)
+    head = SegmentationHead(96, 11, 32)  # the first, as above
+    start = Policy(load_backbone("vit_tiny"), head).double()
+    end = weights(tmp_path, "checkpoint.pt")["policy"]
+    same = {name for name, value in start.state_dict().items() if torch.equal(value, end[name])}
+    freeze(start, part)
+    assert same == {name for name, value in start.named_parameters() if not value.requires_grad}
 
 
 def test_runs_that_are_compared_are_not_trivially_equal(trained):
@@ -219,14 +249,16 @@ def test_learning_rate():
 
 
 @pytest.mark.parametrize(("script", "dataset", "flags", "expected"), [
-    (train_cls, "tiny_imagenet", [], {"lr": 4e-3, "lr_end": 4e-5, "batch_size": 1024, "hidden_dim": 256}),
-    (train_cls, "cifar10", ["--batch-size", "64"], {"lr": 2.5e-4, "lr_end": 2.5e-6}),
-    (train_seg, "voc2012", [], {"lr": 1e-5, "lr_end": 1e-7, "batch_size": 256, "hidden_dim": 64}),
-    (train_seg, "ade20k", ["--batch-size", "1024"], {"lr": 4e-5, "lr_end": 4e-7, "hidden_dim": 256, "map_size": 128}),
+    (train_cls, "tiny_imagenet", [], {"lr": 4e-3, "lr_end": 4e-3 / 100, "batch_size": 1024, "hidden_dim": 256}),
+    (train_cls, "cifar10", ["--batch-size", "64"], {"lr": 2.5e-4, "lr_end": 2.5e-4 / 100, "label_noise": 0}),
+    (train_cls, "cifar10", ["--lr", "0.5"], {"lr": 0.5, "lr_end": 5e-3}),
+    (train_cls, "cifar10", ["--lr", "0.5", "--lr-end", "0"], {"lr": 0.5, "lr_end": 0}),
+    (train_seg, "voc2012", [], {"lr": 1e-5, "lr_end": 1e-5 / 100, "batch_size": 256, "hidden_dim": 64}),
+    (train_seg, "ade20k", ["--batch-size", "1024"], {"lr": 4e-5, "lr_end": 4e-5 / 100, "hidden_dim": 256, "map_size": 128}),
 ])  # fmt: skip
 def test_defaults_are_the_papers(script, dataset, flags, expected):
     expected |= {"epochs": 100, "clip_eps": 0.2, "uniformity": "eq4", "accuracy_weight": 1, "uniformity_weight": 1}
-    expected |= {"method": "grpo_rm", "group_weighting": "uniform", "backbone": "dinov2_vits14"}
+    expected |= {"method": "grpo_rm", "backbone": "dinov2_vits14"}
     expected |= {"background_penalty": 0.5 if script is train_seg else 0, "old_policy_every": None, "train_fraction": 1}
     expected |= {"ratio_floor": 1.0, "warmup_epochs": 5}  # not the paper's
     args = vars(parse(script, "--dataset", dataset, *flags))

@@ -85,7 +85,7 @@ def measure_loss(shape, args, world):
     compiled = torch.compile(grpo_rm_loss, dynamic=False, backend="eager" if args.quick else "inductor")
 
     def run(function, kind="eq4"):
-        loss, _ = function(logits, old, targets, uniformity=kind, ratio_floor=1.0, ignore_index=-100)
+        loss, _ = function(logits, old, targets, uniformity=kind, ratio_floor=1.0)
         return torch.autograd.grad(loss, logits)
 
     runs = {"eager": lambda: run(grpo_rm_loss), "compiled": lambda: run(compiled), "eq5": lambda: run(compiled, "eq5")}
@@ -189,7 +189,7 @@ def main(argv=None):
     picture, count = Image.effect_noise((64, 64), 50).convert("RGB"), 64 if args.quick else 4096
     options = train_cls.parse_args(["--dataset", "tiny_imagenet", "--batch-size", "64", "--image-size", "70"])
     options.task = "classification"
-    loader = Loader(Split(["noise"], count, lambda i: (picture, 0)), options, world, train=True, augment=True)
+    loader = Loader(Split(["noise"], count, lambda i: (picture, 0)), options, world, augment=True)
     seconds = take_turns({"epoch": lambda: list(loader.epoch(0))}, args.repeats, world.device)["epoch"]
     table([rates := {"images/s": spread(count / seconds)}])
     if args.output:
