@@ -1,10 +1,11 @@
 """How an image becomes the network's input, for the loader and for whoever uses a trained policy.
 
-Shapes: B images, S pixels a side.
+Shapes: B images, H W or S S pixels, M side of a map of labels.
 """
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, v2
 
@@ -30,6 +31,14 @@ def square(image, crop_size, resize_size):
     return torch.tensor(np.asarray(v2.functional.center_crop(image, [crop_size])))
 
 
+def random_crop(image, crop_size, seed):
+    """A random resized crop (crop_size, crop_size, 3) uint8 of the PIL `image`, a function of `seed` alone."""
+    crop = v2.RandomResizedCrop(crop_size, interpolation=InterpolationMode.BICUBIC)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return torch.tensor(np.asarray(crop(image)))
+
+
 def stretch(image, side):
     """The whole PIL `image` as (side, side, 3) uint8; the aspect ratio is not kept."""
     return resize(v2.functional.pil_to_tensor(image), side).movedim(0, -1)
@@ -38,6 +47,30 @@ def stretch(image, side):
 def resize(images, side):
     """(..., 3, H, W) uint8 -> (..., 3, side, side) uint8: bicubic, antialiased; the aspect ratio is not kept."""
     return v2.functional.resize(images, [side, side], InterpolationMode.BICUBIC, antialias=True)
+
+
+def resize_mask(mask, side):
+    """(H, W) labels -> (side, side), each the label at the centre of its pixel: no label is invented."""
+    return v2.functional.resize(mask[None], [side, side], InterpolationMode.NEAREST_EXACT)[0]
+
+
+def flip_pairs(pixels, masks, flips):
+    """pixels (B, S, S, 3) and masks (B, M, M), mirrored together where `flips` (B,) is true."""
+    pixels = torch.where(flips[:, None, None, None], pixels.flip(2), pixels)
+    masks = torch.where(flips[:, None, None], masks.flip(2), masks)
+    return pixels, masks
+
+
+def pad_crop_flip(pixels, shifts, flips, pad):
+    """Zero padding by `pad` on every side, then for each image the window of the old size at `shifts` (B, 2) in
+    0..2*pad (row, column), mirrored where `flips` (B,) is true. pixels (B, H, W, 3) uint8; returns the same shape."""
+    B, H, W, _ = pixels.shape
+    rows = shifts[:, :1] + torch.arange(H, device=pixels.device)  # (B, H)
+    columns = torch.arange(W, device=pixels.device).expand(B, W)
+    columns = shifts[:, 1:] + torch.where(flips[:, None], columns.flip(1), columns)  # (B, W)
+    padded = F.pad(pixels, (0, 0, pad, pad, pad, pad))  # (B, H + 2 pad, W + 2 pad, 3)
+    images = torch.arange(B, device=pixels.device)[:, None, None]
+    return padded[images, rows[:, :, None], columns[:, None, :]]
 
 
 def to_input(pixels, image_size):
