@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -126,7 +126,7 @@ class Split:
     count: int
     read: Callable[[int], tuple[Image.Image, int | np.ndarray]]
     masks: bool = False
-    warnings: tuple[str, ...] = ()
+    warnings: Sequence[str] = ()
 
     def __len__(self):
         return self.count
@@ -357,14 +357,18 @@ def coco_stuff(root, download):
 def class_folders(root):
     """train/<class>/* and val/<class>/*; classes in sorted order."""
     classes, samples = {"train": [], "val": []}, {"train": [], "val": []}
-    passed_over = []
+    passed_over, warnings = [], []
     for part in classes:
         if not (root / part).is_dir():
             raise InputError(f"--data-root {root}: {part}/ is missing; needed are {{train,val}}/<class>/*, or for "
                              "segmentation images/{train,val}/*, masks/{train,val}/*.png")  # fmt: skip
         paths = visible(root / part)
         classes[part] = [path.name for path in paths if path.is_dir()]
-        passed_over += [path for path in paths if not path.is_dir()]
+        loose = [path for path in paths if not path.is_dir()]
+        passed_over += [path for path in loose if not is_image(path)]
+        stray = [path for path in loose if is_image(path)]
+        if stray:
+            warnings.append(f"passed over: {len(stray)} images right in {root / part}, in no class folder")
     if len(classes["train"]) < 2:
         raise InputError(f"{root / 'train'} has {len(classes['train'])} class folders; needed are two at least")
     if not classes["val"]:
@@ -380,7 +384,7 @@ def class_folders(root):
                 raise InputError(f"{folder} holds no image; add some or remove it")
             samples[part] += [(image, classes["train"].index(name)) for image in images]
             passed_over += [path for path in paths if not is_image(path)]
-    warnings = about_passed_over(passed_over)
+    warnings += about_passed_over(passed_over)
     unseen = [name for name in classes["train"] if name not in classes["val"]]
     if unseen:
         warnings.append(f"classes without validation images: {', '.join(unseen)}")

@@ -1,13 +1,11 @@
 """Datasets, downloads, transforms, loaders: what is read, fetched and refused; batches are a function of the seed."""
 
 import argparse
-import http.server
 import os
 import pickle
 import shutil
-import threading
 import time
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,26 +16,34 @@ from PIL import Image
 from torchvision.datasets.utils import calculate_md5
 
 import data
-from common import distributed, transforms
+from common import distributed
 from common.cli import InputError
-from data import IGNORE, VOID, Loader, Split, load_data, load_splits, resolve_dataset
+from data import VOID, Loader, load_data, load_splits, resolve_dataset
 
 CLASSIFICATION, SEGMENTATION = TASKS = ("classification", "segmentation")
-CLASSES, MASKS = ("folder", CLASSIFICATION, "image_folder"), ("folder", SEGMENTATION, "mask_folder")
-TINY, COCO = ("tiny_imagenet", CLASSIFICATION, "tiny_imagenet"), ("coco_stuff", SEGMENTATION, "tmp_path")
+CLASSES, MASKS, TINY = ("folder", "image_folder"), ("folder", "mask_folder"), ("tiny_imagenet", "tiny_imagenet")
+IMAGENET, COCO = ("imagenet", "tmp_path"), ("coco_stuff", "tmp_path")
+ORIENTATION = 0x0112  # in EXIF; 6: to be turned by 90 degrees clockwise
 JPG, TWO, MISSING = "train/class1/0.jpg", "train/2.png", r"is missing or incomplete \(.*\); try again, or .*unpack "
 
 
-def splits(name, root=".", download=False):
-    args = arguments(name, data_root=str(root))
+def arguments(dataset="shapes", root=None, **more):
+    """What load_data and a Loader take from the command line, resolved."""
+    args = argparse.Namespace(dataset=dataset, data_root=root, image_size=28, batch_size=16, map_size=12, seed=1)
+    vars(args).update({"workers": 1, "download": False, "limit_train": None, "limit_val": None} | more)
     resolve_dataset(args, *TASKS)
-    return load_splits(name, root, args.task, download=download)
+    return args
 
 
-def arguments(dataset="shapes", task=CLASSIFICATION, **more):
-    """What a Loader takes from the command line."""
-    defaults = {"image_size": 28, "batch_size": 16, "map_size": 12, "seed": 1, "workers": 1}
-    return argparse.Namespace(**{"task": task, "dataset": dataset} | defaults | more)
+def splits(name, root=None, download=False):
+    args = arguments(name, root)
+    return load_splits(name, args.data_root, args.task, download=download)
+
+
+def everything(split):
+    """All pixels of a split, and all targets, as bytes."""
+    images, targets = zip(*map(split.read, range(len(split))), strict=True)
+    return [np.asarray(image).tobytes() for image in images], [np.asarray(target).tobytes() for target in targets]
 
 
 def equal(one, other):
@@ -99,10 +105,9 @@ def write_set(root, name):
 def test_drawn_sets_are_deterministic_and_balanced(name):
     train, val = splits(name)
     assert (len(train), len(val)) == ((5000, 1000) if name == "shapes" else (2000, 400))
-    samples, again = ([split.read(i) for i in range(60)] for split in (train, splits(name)[0]))
-    assert all(np.array_equal(a, b) for pair in zip(samples, again, strict=True) for a, b in zip(*pair, strict=True))
-    assert len({np.asarray(image).tobytes() for image, _ in [*samples, *map(val.read, range(60))]}) == 120
-    targets = [target for _, target in samples]
+    some, again, others = (everything(split.subset(range(60))) for split in (train, splits(name)[0], val))
+    assert some == again and len({*some[0], *others[0]}) == 120
+    targets = [train.read(i)[1] for i in range(60)]
     if name == "shapes":
         assert np.bincount(targets).tolist() == [6] * 10
         return
@@ -181,11 +186,13 @@ def relabel(pattern, change, root, mode="L", suffix=".png"):
 
 @pytest.mark.parametrize(("dataset", "spoil", "message"), [
     (CLASSES, remove("val"), "val/ is missing"),
-    (("imagenet", CLASSIFICATION, "tmp_path"), remove(), r"put .* ILSVRC2012_img_train\.tar.* there"),
+    (IMAGENET, remove(), r"put .* ILSVRC2012_img_train\.tar.* there"),
     (CLASSES, remove("train/class[12]"), "1 class folders"),
     (CLASSES, put("val/other/0.jpg", b""), "val/other: no such class"),
     (CLASSES, remove("train/class1/*"), "train/class1 holds no image"),
     (CLASSES, remove("val/*/*"), "val/class0 holds no image"),
+    (CLASSES, remove("val/*"), "val has no class folders"),
+    (CLASSES, lambda root: (remove("val/*")(root), put("val/0.jpg", b"")(root)), "val has no class folders"),
     (CLASSES, put(JPG, b""), r"train/class1/0\.jpg cannot be read"),
     (CLASSES, put("val/class1/0.jpg", b"no image"), r"val/class1/0\.jpg cannot be read"),
     (CLASSES, lambda root: write(root / JPG, (root / JPG).read_bytes()[:-99]), r"class1/0\.jpg cannot be read"),
@@ -194,6 +201,8 @@ def relabel(pattern, change, root, mode="L", suffix=".png"):
     (MASKS, remove("masks/train/3.png"), r"images/train/3\.jpg has no "),
     (MASKS, remove("images/val/3.jpg"), r"masks/val/3\.png has no "),
     (MASKS, remove("images/val", "masks/val"), "images/val holds no image"),
+    (MASKS, put("images/train/2.webp", b""), r"train/2\.jpg and .*train/2\.webp differ in their suffix alone"),
+    (MASKS, put("masks/val/2.bmp", b""), r"val/2\.bmp and .*val/2\.png differ in their suffix alone"),
     (MASKS, partial(relabel, TWO, lambda x: x[1:]), r"train/2\.png is \(62, 39\) pixels, its image \(62, 40\)"),
     (MASKS, partial(relabel, "val/2.png", lambda x: x + 1), r"val/2\.png has label 3; labels are 0 to 2, and 255"),
     (MASKS, partial(relabel, TWO, lambda x: x, mode="RGB"), r"train/2\.png cannot be read \(PNG RGB "),
@@ -209,32 +218,72 @@ def relabel(pattern, change, root, mode="L", suffix=".png"):
     (COCO, lambda root: write_mask(root / "stuffthingmaps/train2017/0.png", [[183]]), "label 183; .* stuff-only"),
 ])  # fmt: skip
 def test_bad_folders_are_named_in_one_line(dataset, spoil, message, request, monkeypatch):
-    name, task, fixture = dataset
+    name, fixture = dataset
     root = request.getfixturevalue(fixture)
     if dataset == COCO:
         write_set(root, name)
     spoil(root)
     for resident in (2**30, 0):  # decoded in threads, and in a worker process
-        monkeypatch.setattr(data, "RESIDENT_BYTES", resident)
+        monkeypatch.setattr("common.loader.RESIDENT_BYTES", resident)
         with pytest.raises(InputError, match=message) as error:
             for split in splits(name, root, download=True):
-                list(Loader(split, arguments(name, task), CPU).epoch(0))
+                list(Loader(split, arguments(name, root), CPU).epoch(0))
         assert "\n" not in str(error.value)
 
 
 def test_datasets_are_resolved(image_folder, mask_folder, monkeypatch):
-    folders = (*CLASSES[:2], str(image_folder)), (*MASKS[:2], str(mask_folder))
+    folders = ("folder", CLASSIFICATION, str(image_folder)), ("folder", SEGMENTATION, str(mask_folder))
     for dataset, task, root in (("stl10", CLASSIFICATION, "x"), ("voc2012", SEGMENTATION, "x"), *folders):
-        args = argparse.Namespace(dataset=dataset, data_root=root)
+        args = arguments(dataset, root)
         assert resolve_dataset(args, *TASKS) == data.PROTOCOLS[task][dataset]
         assert (args.task, args.data_root) == (task, root)
         with pytest.raises(InputError, match=f"--dataset {dataset} is .*{task}"):
             resolve_dataset(args, TASKS[task == CLASSIFICATION])
-    for expected in ("datasets", "/somewhere"):
-        args = argparse.Namespace(dataset="shapes", data_root=None)
-        resolve_dataset(args, *TASKS)
-        assert args.data_root == expected
-        monkeypatch.setenv("GRPO_RM_DATA", "/somewhere")
+    for expected in ("datasets", "elsewhere"):
+        assert arguments("cifar10").data_root == expected
+        monkeypatch.setenv("GRPO_RM_DATA", "elsewhere")
+    for dataset in ("shapes", "shapes_seg"):
+        assert arguments(dataset).data_root is None
+        with pytest.raises(InputError, match=f"--data-root x: {dataset} is drawn .*leave the flag out"):
+            arguments(dataset, "x")
+
+
+@pytest.mark.parametrize(("dataset", "given", "sizes"), [
+    ("cifar10", None, (42, 32, 32)), ("cifar10", 28, (28, 32, 32)), ("imagenet", None, (224, 224, 256)),
+    ("imagenet", 112, (112, 112, 128)), ("shapes_seg", None, (112, 112, 112)), ("voc2012", 56, (56, 56, 56)),
+])  # fmt: skip
+def test_sizes_follow_from_dataset_and_image_size(dataset, given, sizes):
+    args = arguments(dataset, image_size=given)
+    assert (args.image_size, args.crop_size, args.resize_size, args.resized_crop) == (*sizes, dataset == "imagenet")
+
+
+def test_a_run_says_what_it_found(image_folder, mask_folder, capsys):
+    def said(root, world=CPU, **more):
+        load_data(arguments("folder", root, **more), world)
+        return capsys.readouterr()
+
+    hide(image_folder)
+    hide(mask_folder)
+    assert said(image_folder) == ("folder: 3 classes, 18 training and 6 validation images\n", "")
+    found = said(image_folder, limit_val=2, train_fraction=0.5, label_noise=0.4).out
+    assert found == "folder: 3 classes, 9 training and 2 validation images, 40 % of the training labels replaced\n"
+    assert said(mask_folder) == ("scenes: 3 classes, 6 training and 4 validation images\n", "")
+    for name in ("train/class0/a.heic", "val/class1/b.HEIC", "train/list.txt", "train/class2/more/1.jpg", "val/0.jpg"):
+        write(image_folder / name, b"")
+    remove("val/class0", "val/class2")(image_folder)
+    loose, passed_over, unseen = said(image_folder).err.splitlines()
+    assert loose == f"warning: passed over: 1 images right in {image_folder}/val, in no class folder"
+    assert passed_over.startswith("warning: passed over: 2 .heic, 1 .txt, 1 folder(s); images are .jpg .jpeg")
+    assert unseen == "warning: classes without validation images: class0, class2"
+    write(mask_folder / "images/val/notes.txt", b"")
+    write(mask_folder / "masks/train/0.json", b"")
+    remove("classes.txt")(mask_folder)
+    relabel("*/*.png", lambda mask: np.where(mask == 1, 4, mask), mask_folder)
+    passed_over, unused = said(mask_folder).err.splitlines()
+    assert passed_over.startswith("warning: passed over: 1 .txt, 1 .json; images are")
+    assert unused == f"warning: {mask_folder}/masks: labels below 4 that never occur: 1, 3"
+    other = distributed.World(1, 1, 2, CPU.device, argparse.Namespace(wait=lambda *_: None))
+    assert said(mask_folder, other) == ("", "")
 
 
 ARCHIVES = {  # what is asked for: archives and their MD5 sums
@@ -286,31 +335,29 @@ def test_missing_sets_are_fetched_from_their_publishers_once(name, tmp_path, mon
         assert np.array_equal(image, stl10 if name == "stl10" else cifar) and train.classes[target] == "dog"
 
 
-@pytest.mark.parametrize("reason", ["404: File not found", "File not found or corrupted", "no space left"])
+@pytest.mark.parametrize("reason", ["No such file", "File not found or corrupted", "no space left"])
 def test_a_set_is_whole_or_absent(reason, tiny_imagenet, tmp_path, monkeypatch):
-    """Fetched from a server of this machine, which is asked instead of the official one."""
+    """Fetched from a directory instead of the official server."""
     archive = Path(shutil.make_archive(tmp_path / "published" / "tiny", "zip", tiny_imagenet, "tiny-imagenet-200"))
     root, whole, md5, asked = tmp_path / "new" / "data", archive.read_bytes(), calculate_md5(archive), []
 
     def fetch(url, *folders, real=data.download_and_extract_archive, **sums):
         asked.append((url, sums["md5"]))
-        real(f"http://127.0.0.1:{server.server_address[1]}/{archive.name}", *folders, md5=md5)
+        real(archive.as_uri(), *folders, md5=md5)
 
     def extract_some(self, path):
         for name in self.namelist()[:-3]:
             self.extract(name, path)
         raise OSError("no space left on device")
 
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=archive.parent)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    retrieve = "torchvision.datasets.utils._urlretrieve"
+    monkeypatch.setattr(retrieve, lambda url, file: shutil.copyfile(archive, file))
     monkeypatch.setattr(data, "download_and_extract_archive", fetch)
     with pytest.raises(InputError, match=r"leave out --no-download, or unpack .*tiny-imagenet-200\.zip"):
         splits("tiny_imagenet", root)
     assert not asked and not root.exists()
     with monkeypatch.context() as patch:
-        if reason == "404: File not found":
+        if reason == "No such file":
             archive.unlink()
         elif reason == "File not found or corrupted":
             archive.write_bytes(whole + b"\0")
@@ -326,7 +373,6 @@ def test_a_set_is_whole_or_absent(reason, tiny_imagenet, tmp_path, monkeypatch):
         assert [len(train), len(val)] == [12, 6] and all(train.read(i)[0].size == (64, 64) for i in range(12))
     official = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
     assert asked == [official] * 2
-    server.shutdown()
 
 
 def load_on_two_ranks(world, directory):
@@ -339,7 +385,7 @@ def load_on_two_ranks(world, directory):
 
     data.download_and_extract_archive = fetch
     data.read_image = lambda file: reads.append(Path(file).name) or read(file)
-    args = arguments("tiny_imagenet", data_root=f"{directory}/data", download=True, limit_train=None, limit_val=None)
+    args = arguments("tiny_imagenet", f"{directory}/data", download=True)
     train, _ = load_data(args, world)
     torch.save([len(asked), reads, Loader(train, args, world).resident], f"{directory}/{world.rank}.pth")
 
@@ -355,112 +401,54 @@ def test_one_rank_downloads_and_all_decode_their_share(tiny_imagenet, tmp_path):
     assert equal(stores, alone) and equal(stores_too, alone) and alone[0].amax((1, 2, 3)).min() > 0
 
 
-def test_pad_crop_flip_against_a_loop():
-    pixels, shifts = torch.tensor(noise(0, 12, 8, 8, 3)), torch.tensor(noise(1, 12, 2, high=5).astype(int))
-    flips = torch.arange(12) % 2 == 0
-    result = data.pad_crop_flip(pixels, shifts, flips, 2)
-    for i, (row, column) in enumerate(shifts.tolist()):
-        window = np.pad(pixels[i].numpy(), ((2, 2), (2, 2), (0, 0)))[row : row + 8, column : column + 8]
-        assert np.array_equal(result[i], window[:, ::-1] if flips[i] else window)
-
-
-def test_inputs_have_imagenets_mean_and_std():
-    images = transforms.to_input(torch.tensor([255, 0, 124], dtype=torch.uint8).expand(1, 30, 30, 3), 42)
-    expected = (torch.tensor([255, 0, 124]) / 255 - torch.tensor(transforms.MEAN)) / torch.tensor(transforms.STD)
-    torch.testing.assert_close(images, expected[:, None, None].expand(1, 3, 42, 42))
-
-
-@pytest.mark.parametrize(("size", "side"), [((37, 50), 16), ((8, 8), 8), ((5, 7), 12)])
-def test_masks_are_resized_to_the_label_at_the_centre(size, side):
-    mask = torch.tensor(noise(0, *size))
-    result = data.resize_mask(mask, side)
-    for i, j in np.ndindex(side, side):
-        assert result[i, j] == mask[int((i + 0.5) * size[0] / side), int((j + 0.5) * size[1] / side)]
-
-
-def joined(loader, size, epoch, start):
-    """The global batches, all ranks' parts side by side, without the sample that a rank has where nothing is left."""
-    ranks, batches = [], []
-    for rank in range(size):
-        loader.world = distributed.World(rank, rank, size, CPU.device)
-        ranks.append(list(loader.epoch(epoch, start)))
-    for parts in zip(*ranks, strict=True):
-        images, targets = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        valid = (targets != IGNORE).flatten(1).any(1) if loader.split.masks else targets != IGNORE
-        assert len(images) == max(size, valid.sum())
-        batches.append((images[valid], targets[valid]))
-    return batches
-
-
-@pytest.mark.parametrize("augment", [True, False])
-@pytest.mark.parametrize("name", ["shapes", "shapes_seg", "imagenet"])
-def test_global_batches_depend_on_the_seed_alone(name, augment, monkeypatch):
-    """Bit for bit the same for any number of ranks, resident or streamed by workers, augmentation included; every
-    sample is there once, and an epoch can start in its middle."""
-    task = SEGMENTATION if name == "shapes_seg" else CLASSIFICATION
-    drawn = splits("shapes" if name == "imagenet" else name)[0]
-    split = Split(drawn.classes, 35, cache(drawn.read), drawn.masks)
-
-    def batches(size=1, epoch=2, start=0, augment=augment, **more):
-        args = arguments(name, task, batch_size=11, **more)
-        return joined(Loader(split, args, CPU, augment=augment, train=True), size, epoch, start)
-
-    expected = batches()
-    assert [len(targets) for _, targets in expected] == [11, 11, 11, 2]
-    assert len({image.numpy().tobytes() for images, _ in expected for image in images}) == 35
-    labels = set(torch.cat([targets.flatten() for _, targets in expected]).tolist())
-    assert labels == ({IGNORE, *range(11)} if split.masks else set(range(10)))
-    assert equal(batches(augment=False), expected) != augment
-    assert not any(torch.equal(other[0][1], expected[0][1]) for other in (batches(epoch=3), batches(seed=2)))
-    for resident in (2**30, 0):
-        monkeypatch.setattr(data, "RESIDENT_BYTES", resident)
-        assert equal(batches(size=2, workers=0), expected) and equal(batches(size=3, workers=2), expected)
-        assert equal(batches(start=2), expected[2:])
-
-
-@pytest.mark.parametrize(("count", "size"), [(30, 1), (30, 3), (3, 4)])
-def test_in_order_deals_whole_batches(count, size):
-    loader, seen = Loader(splits("shapes")[0].subset(range(count)), arguments(), CPU), []
-    for rank in range(size):
-        loader.world = distributed.World(rank, rank, size, CPU.device)
-        for indices, images, targets in loader.in_order(8):
-            assert images.shape == (len(indices), 3, 28, 28) and targets.tolist() == [i % 10 for i in indices]
-            seen.append(indices.tolist())
-    assert sorted(seen) == [list(range(i, min(i + 8, count))) for i in range(0, count, 8)]
-
-
-@pytest.mark.parametrize(("train", "size", "corner"), [(True, (42, 28), (7, 0)), (False, (48, 32), (10, 2))])
-def test_imagenet_validation_is_the_centre_of_a_larger_resize(train, size, corner):
-    """The shorter side becomes size * 256 / 224 there, and `size` in training without augmentation."""
-    image, (left, top) = Image.fromarray(noise(0, 64, 96, 3)), corner
-    loader = Loader(Split(["a", "b"], 1, lambda i: (image, 0)), arguments("imagenet"), CPU, train=train)
-    ((_, images, _),) = loader.in_order(4)
-    expected = image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + 28, top + 28))
-    assert torch.equal(images, transforms.to_input(torch.tensor(np.asarray(expected))[None], 28))
-    loader.resized_crop = True  # as with augmentation: drawn for a sample in an epoch
-    crops = [loader.decode(i, key=(1, epoch))[0] for i, epoch in ((0, 0), (1, 0), (0, 1))]
-    assert len({crop.numpy().tobytes() for crop in crops}) == 3
-
-
-def test_image_and_mask_are_flipped_together():
-    """Every image shows its mask, and still does after augmentation."""
-    masks = noise(0, 20, 28, 28, high=200)
-    split = Split(["a"] * 200, 20, lambda i: (Image.fromarray(masks[i]).convert("RGB"), masks[i]), masks=True)
-    loader = Loader(split, arguments("folder", SEGMENTATION, map_size=28), CPU, augment=True)
-    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (transforms.MEAN, transforms.STD))
-    images, targets = (torch.cat(parts) for parts in zip(*loader.epoch(0), strict=True))
-    assert torch.equal((images * std + mean).round().long(), targets[:, None].expand(-1, 3, -1, -1))
-    original = {mask.tobytes() for mask in masks}
-    assert 0 < sum(target.byte().numpy().tobytes() in original for target in targets) < 20
+def test_exif_orientation_is_applied_where_the_mask_fits(image_folder, mask_folder):
+    upright, exif = noise(0, 30, 20, 3), Image.Exif()
+    exif[ORIENTATION] = 6
+    stored = np.rot90(upright).copy()
+    remove("train/class0/0.jpg")(image_folder)
+    for file in (image_folder / "train/class0/0.png", mask_folder / "images/train/0.png"):
+        Image.fromarray(stored).save(file, exif=exif)
+    assert np.array_equal(splits("folder", image_folder)[0].read(0)[0], upright)
+    for image in (upright, stored):
+        write_mask(mask_folder / "masks/train/0.png", image[..., 0] % 3)
+        assert np.array_equal(splits("folder", mask_folder)[0].read(0)[0], image)
+    write_mask(mask_folder / "masks/train/0.png", np.zeros((20, 29)))
+    with pytest.raises(InputError, match=r"0\.png is \(29, 20\) pixels, its image \(30, 20\); make them equal"):
+        splits("folder", mask_folder)[0].read(0)
 
 
 def test_limits_keep_all_classes_and_a_fraction_is_the_seeds():
     def load(**more):
-        train, val = load_data(arguments(data_root=".", download=False, limit_train=100, limit_val=2000, **more), CPU)
+        train, val = load_data(arguments(limit_train=100, limit_val=2000, **more), CPU)
         assert len(val) == 1000
-        return [(np.asarray(image).tobytes(), label) for image, label in map(train.read, range(len(train)))]
+        return [*zip(*everything(train), strict=True)]
 
-    everything, some = load(), load(train_fraction=0.1)
-    assert len(everything) == 100 and len({label for _, label in everything}) == 10
-    assert len(some) == 10 and set(some) <= set(everything)
+    whole, some = load(), load(train_fraction=0.1)
+    assert len(whole) == 100 and len({label for _, label in whole}) == 10
+    assert len(some) == 10 and set(some) <= set(whole)
     assert load(train_fraction=0.1, method="finetune") == some != load(train_fraction=0.1, seed=2)
+
+
+def test_wrong_labels_are_uniform_and_nested():
+    count, clean, earlier = 20000, np.arange(20000) % 10, np.zeros(20000, int)
+    draws = np.random.default_rng((4, 3)).random((count, 2))  # the study rests on these very numbers
+    for share in (0.2, 0.4, 1):
+        shifts = data.label_shifts(count, 10, share, seed=3)
+        assert shifts.tolist() == [1 + int(9 * which) if chance < share else 0 for chance, which in draws]
+        assert np.array_equal(shifts[earlier > 0], earlier[earlier > 0])
+        confusion = np.histogram2d(clean, (clean + shifts) % 10, 10)[0]
+        expected = np.where(np.eye(10), count / 10 * (1 - share), count / 90 * share)
+        assert (abs(confusion - expected) < 5 * expected**0.5 + 1e-9).all()
+        earlier = shifts
+
+
+@pytest.mark.parametrize(("dataset", "count", "num_classes"), [("shapes", 5000, 10), ("folder", 18, 3)])
+def test_label_noise_is_of_training_samples_before_limits(dataset, count, num_classes, image_folder):
+    root = image_folder if dataset == "folder" else None
+    clean, val = load_data(arguments(dataset, root, limit_train=12, limit_val=12), CPU)
+    noisy, noisy_val = load_data(arguments(dataset, root, limit_train=12, limit_val=12, label_noise=0.4), CPU)
+    kept = np.linspace(0, count - 1, 12).round().astype(int)
+    for i, shift in enumerate(data.label_shifts(count, num_classes, 0.4, seed=1)[kept]):
+        (image, label), (same_image, noisy_label) = clean.read(i), noisy.read(i)
+        assert image == same_image and noisy_label == (label + shift) % num_classes
+    assert everything(val) == everything(noisy_val)

@@ -1,0 +1,137 @@
+"""Loader and transforms: batches are a function of the seed alone; an image is prepared in one way everywhere."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU
+from PIL import Image
+from test_data import ORIENTATION, SEGMENTATION, arguments, equal, noise, splits
+
+from common import distributed, transforms
+from common.loader import IGNORE, VOID, Loader
+from data import Split
+
+
+def joined(loader, size, epoch, start):
+    """The global batches, all ranks' parts side by side, without the sample that a rank has where nothing is left."""
+    ranks, batches = [], []
+    for rank in range(size):
+        loader.world = distributed.World(rank, rank, size, CPU.device)
+        ranks.append(list(loader.epoch(epoch, start)))
+    for parts in zip(*ranks, strict=True):
+        images, targets = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        valid = (targets != IGNORE).flatten(1).any(1) if loader.split.masks else targets != IGNORE
+        assert len(images) == max(size, valid.sum())
+        batches.append((images[valid], targets[valid]))
+    return batches
+
+
+@pytest.mark.parametrize("augment", [True, False])
+@pytest.mark.parametrize("name", ["shapes", "shapes_seg", "imagenet"])
+def test_global_batches_depend_on_the_seed_alone(name, augment, monkeypatch):
+    """Bit for bit the same for any number of ranks, resident or streamed by workers, augmentation included; every
+    sample is there once, and an epoch can start in its middle."""
+    drawn = splits("shapes" if name == "imagenet" else name)[0]
+    split = Split(drawn.classes, 35, cache(drawn.read), drawn.masks)
+
+    def batches(size=1, epoch=2, start=0, augment=augment, **more):
+        args = arguments(name, batch_size=11, **more)
+        return joined(Loader(split, args, CPU, augment=augment), size, epoch, start)
+
+    expected = batches()
+    assert [len(targets) for _, targets in expected] == [11, 11, 11, 2]
+    assert len({image.numpy().tobytes() for images, _ in expected for image in images}) == 35
+    labels = set(torch.cat([targets.flatten() for _, targets in expected]).tolist())
+    assert labels == ({IGNORE, *range(11)} if split.masks else set(range(10)))
+    assert equal(batches(augment=False), expected) != augment
+    assert not any(torch.equal(other[0][1], expected[0][1]) for other in (batches(epoch=3), batches(seed=2)))
+    for resident in (2**30, 0):
+        monkeypatch.setattr("common.loader.RESIDENT_BYTES", resident)
+        assert equal(batches(size=2, workers=0), expected) and equal(batches(size=3, workers=2), expected)
+        assert equal(batches(start=2), expected[2:])
+
+
+@pytest.mark.parametrize(("count", "size"), [(30, 1), (30, 3), (3, 4)])
+def test_in_order_deals_whole_batches(count, size):
+    loader, seen = Loader(splits("shapes")[0].subset(range(count)), arguments(), CPU), []
+    for rank in range(size):
+        loader.world = distributed.World(rank, rank, size, CPU.device)
+        for indices, images, targets in loader.in_order(8):
+            assert images.shape == (len(indices), 3, 28, 28) and targets.tolist() == [i % 10 for i in indices]
+            seen.append(indices.tolist())
+    assert sorted(seen) == [list(range(i, min(i + 8, count))) for i in range(0, count, 8)]
+
+
+def test_void_is_ignored_in_batches_and_stays_in_native_masks():
+    split, args = splits("shapes_seg")[0].subset(range(6)), arguments("shapes_seg")
+    masks = [torch.tensor(split.read(i)[1]) for i in range(6)]
+    ((_, _, native),) = Loader(split, args, CPU, native=True).in_order(6)
+    assert equal(native, masks) and native[0].dtype == torch.uint8
+    small = torch.stack([transforms.resize_mask(mask, 12) for mask in masks]).long()
+    ((_, _, targets),) = Loader(split, args, CPU).in_order(6)
+    assert equal(targets, torch.where(small == VOID, -100, small)) and (targets == -100).any()
+
+
+def test_image_and_mask_are_flipped_together():
+    """Every image shows its mask, and still does after augmentation."""
+    masks = noise(0, 20, 28, 28, high=200)
+    split = Split(["a"] * 200, 20, lambda i: (Image.fromarray(masks[i]).convert("RGB"), masks[i]), masks=True)
+    loader = Loader(split, arguments("voc2012", map_size=28), CPU, augment=True)
+    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (transforms.MEAN, transforms.STD))
+    images, targets = (torch.cat(parts) for parts in zip(*loader.epoch(0), strict=True))
+    assert torch.equal((images * std + mean).round().long(), targets[:, None].expand(-1, 3, -1, -1))
+    original = {mask.tobytes() for mask in masks}
+    assert 0 < sum(target.byte().numpy().tobytes() in original for target in targets) < 20
+
+
+def test_pad_crop_flip_against_a_loop():
+    pixels, shifts = torch.tensor(noise(0, 12, 8, 8, 3)), torch.tensor(noise(1, 12, 2, high=5).astype(int))
+    flips = torch.arange(12) % 2 == 0
+    result = transforms.pad_crop_flip(pixels, shifts, flips, 2)
+    for i, (row, column) in enumerate(shifts.tolist()):
+        window = np.pad(pixels[i].numpy(), ((2, 2), (2, 2), (0, 0)))[row : row + 8, column : column + 8]
+        assert np.array_equal(result[i], window[:, ::-1] if flips[i] else window)
+
+
+def test_inputs_have_imagenets_mean_and_std():
+    images = transforms.to_input(torch.tensor([255, 0, 124], dtype=torch.uint8).expand(1, 30, 30, 3), 42)
+    expected = (torch.tensor([255, 0, 124]) / 255 - torch.tensor(transforms.MEAN)) / torch.tensor(transforms.STD)
+    torch.testing.assert_close(images, expected[:, None, None].expand(1, 3, 42, 42))
+
+
+@pytest.mark.parametrize(("size", "side"), [((37, 50), 16), ((8, 8), 8), ((5, 7), 12)])
+def test_masks_are_resized_to_the_label_at_the_centre(size, side):
+    mask = torch.tensor(noise(0, *size))
+    result = transforms.resize_mask(mask, side)
+    for i, j in np.ndindex(side, side):
+        assert result[i, j] == mask[int((i + 0.5) * size[0] / side), int((j + 0.5) * size[1] / side)]
+
+
+def test_imagenet_validation_is_the_centre_of_a_larger_resize():
+    """The shorter side becomes image_size * 256 / 224."""
+    image = Image.fromarray(noise(0, 64, 96, 3))
+    loader = Loader(Split(["a", "b"], 1, lambda i: (image, 0)), arguments("imagenet"), CPU)
+    ((_, images, _),) = loader.in_order(4)
+    expected = image.resize((48, 32), Image.Resampling.BICUBIC).crop((10, 2, 38, 30))
+    assert torch.equal(images, transforms.to_input(torch.tensor(np.asarray(expected))[None], 28))
+    loader.resized_crop = True  # as with augmentation: drawn for a sample in an epoch
+    crops = [loader.decode(i, key=(1, epoch))[0] for i, epoch in ((0, 0), (1, 0), (0, 1))]
+    assert len({crop.numpy().tobytes() for crop in crops}) == 3
+
+
+@pytest.mark.parametrize("dataset", ["imagenet", "cifar10", "voc2012"])
+def test_the_transform_of_a_run_is_the_loaders(dataset):
+    """Also for palettes, 16 bits and images that are stored on their side."""
+    args, pixels = arguments(dataset), noise(0, 40, 61, 3)
+    turned = Image.fromarray(np.rot90(pixels).copy())
+    turned.getexif()[ORIENTATION] = 6
+    images = [Image.fromarray(pixels), turned, Image.fromarray(noise(1, 40, 61)).convert("P")]
+    images += [Image.fromarray(noise(2, 40, 61).astype(np.uint16) * 257)]
+    masks, mask = args.task == SEGMENTATION, np.zeros((4, 4), np.uint8)
+    split = Split(["a", "b"], 4, lambda i: (transforms.to_rgb(images[i]), mask if masks else 0), masks)
+    ((_, expected, _),) = Loader(split, args, CPU).in_order(4)
+    transform = transforms.input_transform(vars(args))
+    assert torch.equal(torch.stack([transform(image) for image in images]), expected)
+    assert torch.equal(expected[0], expected[1]) and turned.size == (40, 61)
