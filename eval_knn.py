@@ -1,19 +1,22 @@
 """Evaluate frozen features with k nearest neighbours, k = 5 (the kNN column of the paper's Table 3).
 
-    python eval_knn.py --dataset cifar10 --weights runs/cifar10/grpo_rm/seed0/backbone.pth
-    python eval_knn.py --dataset cifar10                                      the backbone as it came from the hub
+    python eval_knn.py --weights runs/cifar10/grpo_rm/seed0/backbone.pth
+    python eval_knn.py --dataset cifar10                                    the backbone as it came from the hub
     torchrun --nproc_per_node=4 eval_knn.py --dataset imagenet --weights FILE
 
-Neighbours are sought by cosine similarity among the training split's class tokens. Writes top-1 in percent to --output:
-eval_knn.json beside the weights of a run, or in runs/<dataset>/frozen/seed<seed>.
+Neighbours are sought by cosine similarity among the training split's class tokens; weights of a run are evaluated on
+its dataset. Writes top-1 in percent to --output: eval_knn.json beside them, or in runs/<dataset>/frozen/seed<seed>.
 """
 
 import torch
 import torch.nn.functional as F
 
 from common import cli, distributed
-from common.features import add_evaluation_arguments, class_tokens, resolve_evaluation, write_result
-from data import PROTOCOLS, resolve_dataset
+from common.backbone import prepare_backbone
+from common.checkpoint import make_directory
+from common.features import add_evaluation_arguments, class_tokens, percent, resolve_run, write_result
+from data import PROTOCOLS, Loader, load_data, resolve_dataset
+from grpo_rm import Encoder
 
 BLOCK = 2**26  # similarities held at once: 256 MiB
 
@@ -27,11 +30,11 @@ def knn_predict(train_features, train_labels, test_features, *, num_classes, k=5
     """
     if not 1 <= k <= len(train_features):
         raise ValueError(f"k is {k}, but there are {len(train_features)} training features")
-    train, size = F.normalize(train_features, dim=1), max(k, BLOCK // chunk)
+    train, block_size = F.normalize(train_features, dim=1), max(k, BLOCK // chunk)
     predictions = []
     for test in F.normalize(test_features, dim=1).split(chunk):  # (b, D)
         best, labels = test.new_empty(len(test), 0), train_labels.new_empty(len(test), 0)  # of the nearest (b, <= k)
-        for block, block_labels in zip(train.split(size), train_labels.split(size), strict=True):
+        for block, block_labels in zip(train.split(block_size), train_labels.split(block_size), strict=True):
             near, index = (test @ block.T).topk(min(k, len(block)), dim=1)
             best, labels = torch.cat([best, near], dim=1), torch.cat([labels, block_labels[index]], dim=1)
             best, index = best.topk(min(k, best.shape[1]), dim=1)
@@ -45,8 +48,9 @@ def knn_predict(train_features, train_labels, test_features, *, num_classes, k=5
 
 def parse_args(argv):
     parser = cli.ArgumentParser(__doc__)
-    add_evaluation_arguments(parser, list(PROTOCOLS["classification"]))
-    parser.add_argument("--k", type=cli.whole(1), default=5, help="neighbours; the paper's is 5")
+    add = add_evaluation_arguments(parser, list(PROTOCOLS["classification"]))
+    add("--batch-size", type=cli.whole(1), default=1024, help="images in a forward pass")
+    add("--k", type=cli.whole(1), default=5, help="neighbours; the paper's is 5")
     return parser.parse_args(argv)
 
 
@@ -54,17 +58,21 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     world = distributed.start_processes(args.device)
-    path = resolve_evaluation(args, world, resolve_dataset(args, "classification"), "eval_knn.json")
-    args.batch_size = args.batch_size or 1024
-    train, val, classes = class_tokens(args, world)
-    if args.k > len(train[1]):
-        raise cli.InputError(f"--k {args.k} is more than the {len(train[1])} training images; take at most as many")
+    path = resolve_run(args, "eval_knn.json")  # first: the dataset may be the run's
+    cli.resolve_model_arguments(args, world, resolve_dataset(args, "classification"))
+    make_directory(path.parent, "--output")
+    train_split, val_split = load_data(args, world)
+    if args.k > len(train_split):
+        raise cli.InputError(f"--k {args.k} is more than the {len(train_split)} training images; take at most as many")
+    encoder = Encoder(prepare_backbone(args, world), "x_norm_clstoken", args.amp)
+    features, labels = class_tokens(encoder, Loader(train_split, args, world), args.batch_size)
+    val_features, val_labels = class_tokens(encoder, Loader(val_split, args, world), args.batch_size)
     if world.rank != 0:
         return
-    predictions = knn_predict(*train, val[0], num_classes=len(classes), k=args.k)
-    top1 = 100 * (predictions == val[1]).double().mean().item()
-    write_result(path, args, {"train_images": len(train[1]), "val_images": len(val[1]), "top1": top1})
-    print(f"{args.dataset} {args.method} seed {args.seed}: top-1 {top1:.2f} % of {len(val[1])} images (k-NN) -> {path}")
+    predictions = knn_predict(features, labels, val_features, num_classes=len(train_split.classes), k=args.k)
+    top1 = percent((predictions == val_labels).double().mean().item())
+    result = {"train_images": len(train_split), "val_images": len(val_split), "top1": top1}
+    write_result(path, args, result, f"top-1 {top1:.2f} % of {len(val_split)} images (k-NN)")
 
 
 if __name__ == "__main__":

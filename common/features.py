@@ -1,83 +1,104 @@
-"""What the evaluations share: arguments, what they know of a run, frozen features, the file of scores."""
+"""What the evaluations share: arguments, what the run beside the weights says, frozen features, scores, the result."""
 
-import json
+import os
 from pathlib import Path
 
 import torch
 
 from common import cli
-from common.backbone import prepare_backbone
-from common.checkpoint import MAY_DIFFER_ON_RESUME, make_directory, write_json
+from common.checkpoint import MAY_DIFFER_ON_RESUME, read_config, write_json
 from common.distributed import all_reduce, progress
-from data import Loader, load_data
-from grpo_rm import Encoder
 
 CHUNK = 16  # images in a forward pass of segmentation, whatever the batch size and the number of processes
 KEPT_BYTES = 4 * 2**30  # patch tokens of a training split up to this size are kept, larger ones computed in every epoch
 
 
 def add_evaluation_arguments(parser, names):
-    """Those of both evaluations; `names` of datasets that the script serves, the default first."""
+    """Those of both evaluations; `names` of datasets that the script serves. Returns the function that adds more."""
     cli.add_data_arguments(parser, names)
     cli.add_model_arguments(parser)
     add = parser.add_argument_group("evaluation").add_argument
-    add("--batch-size", type=cli.whole(1),
-        help="the linear layer's batch m, without masks also the backbone's; default: 1024, masks: 256")  # fmt: skip
     add("--output", metavar="FILE.json", help="default: beside a run's weights, or in runs/<dataset>/frozen/seed<seed>")
-    parser.set_defaults(seed=None)  # that of the run
+    parser.set_defaults(dataset=None, seed=None)  # those of the run
+    return add
 
 
-def resolve_evaluation(args, world, protocol, name):
-    """Fill in what was left out from the config.json beside the weights: method, seed, backbone and, for the same
-    dataset, the image size. Returns where the result goes: args.output, else the file `name` beside the weights of a
-    run on the same dataset, or in the directory of the frozen baseline. Raises InputError."""
-    beside = Path(args.weights or "").parent / "config.json"
-    config = json.loads(beside.read_text()) if args.weights and beside.is_file() else {}
-    config = config if "method" in config else {}  # others' weights have a config.json too
-    args.method = config.get("method", "frozen")
-    args.fit_seed = args.seed if args.seed is not None else config.get("seed", 0)  # of the linear layer
-    args.seed = config.get("seed", args.fit_seed)
-    args.backbone, args.hub_repo = args.backbone or config.get("backbone"), args.hub_repo or config.get("hub_repo")
-    same = config.get("dataset") == args.dataset and (args.dataset != "folder" or config["data_root"] == args.data_root)
-    args.image_size = args.image_size or (config["image_size"] if same else None)
-    cli.resolve_model_arguments(args, world, protocol)
-    if config and not same and not args.output:
+def resolve_run(args, name):
+    """What the run beside --weights says. Arguments that were left out are filled in from its config.json: dataset,
+    backbone, hub repository and seed; on the same dataset also its root and the image size. Sets args.method, and
+    args.fit_seed, the seed of the linear layer.
+
+    Returns where the result goes: args.output, else the file `name` beside the weights of a run on the same dataset, or
+    in the directory of the frozen baseline. Raises InputError for a damaged config.json, or a run on another dataset.
+    """
+    run = {}
+    if args.weights and (Path(args.weights).parent / "config.json").is_file():
+        run = read_config(Path(args.weights).parent)
+    if "method" not in run:  # weights from elsewhere may have a config.json of another kind
+        run = {}
+    args.method = run.get("method", "frozen")
+    args.fit_seed = run.get("seed", 0) if args.seed is None else args.seed
+    args.seed = run.get("seed", args.fit_seed)
+    args.backbone = args.backbone or run.get("backbone")
+    args.hub_repo = args.hub_repo or run.get("hub_repo")
+    args.dataset = args.dataset or run.get("dataset", "shapes")
+
+    same = args.dataset == run.get("dataset")
+    if same and args.dataset not in ("shapes", "shapes_seg"):  # these are drawn and have no root
+        args.data_root = args.data_root or run["data_root"]
+    if same and args.dataset == "folder":  # its path is its name
+        same = os.path.abspath(args.data_root) == run["data_root"]
+    if same:
+        args.image_size = args.image_size or run["image_size"]
+    if args.output:
+        return Path(args.output)
+    if same:
+        return Path(args.weights).parent / name
+    if run:
         raise cli.InputError(f"--weights {args.weights} come from a run on another dataset; give the result's --output")
-    directory = Path(args.weights).parent if same else Path(f"runs/{args.dataset}/frozen/seed{args.seed}")
-    path = Path(args.output or directory / name)
-    make_directory(path.parent, "--output")
-    return path
+    return Path(f"runs/{args.dataset}/frozen/seed{args.seed}", name)
+
+
+def write_result(path, args, result, summary):
+    """Write an evaluation's scores and counts, which weights they are of, and all settings; print the summary."""
+    left_out = MAY_DIFFER_ON_RESUME - {"weights", "hub_repo", "data_root"}
+    settings = {name: value for name, value in vars(args).items() if name not in left_out}
+    write_json(path, settings | result)
+    print(f"{args.dataset} {args.method} seed {args.seed}: {summary} -> {path}")
+
+
+def percent(share):
+    """A share in percent with four decimals; None, for no share, stays."""
+    return None if share is None else round(100 * share, 4)
 
 
 @torch.no_grad()
-def class_tokens(args, world):
-    """(features (n, D) float32, targets (n,)) of the training split and of the validation split, on every rank's
-    device, and the names of the classes. A token is computed on one rank and the others add zero: no digit depends on
-    the number of ranks."""
-    splits = load_data(args, world)
-    backbone, found = prepare_backbone(args, world), []
-    encoder = Encoder(backbone, "x_norm_clstoken", args.amp)
-    for split in splits:
-        features = torch.zeros(len(split), backbone.embed_dim, device=world.device)
-        targets = torch.zeros(len(split), dtype=torch.int64, device=world.device)
-        batches = Loader(split, args, world).in_order(args.batch_size)
-        for indices, images, labels in progress(batches, "features", world):
-            features[indices], targets[indices] = encoder(images).float(), labels
-        all_reduce(features, targets)
-        found.append((features, targets))
-    return *found, splits[0].classes
+def class_tokens(encoder, loader, batch_size):
+    """(features (n, D) float32, targets (n,)) of the loader's split, on every rank's device. A token is computed on one
+    rank and the others add zero: no digit depends on the number of ranks."""
+    world, count = loader.world, len(loader.split)
+    features = torch.zeros(count, encoder.backbone.embed_dim, device=world.device)
+    targets = torch.zeros(count, dtype=torch.int64, device=world.device)
+    for indices, images, labels in progress(loader.in_order(batch_size), "features", world):
+        features[indices] = encoder(images).float()
+        targets[indices] = labels
+    all_reduce(features, targets)
+    return features, targets
 
 
 class PatchTokens:
     """The normalised patch tokens of the last `layers` layers side by side, with masks, of any lists of images."""
 
     def __init__(self, backbone, loader, layers, amp):
-        self.backbone, self.loader, self.layers, self.amp, self.kept = backbone, loader, layers, amp, None
-        count, world, side = len(loader.split), loader.world, loader.sides[0] // backbone.patch_size
-        if count * side**2 * layers * backbone.embed_dim * 4 <= KEPT_BYTES:
+        self.backbone, self.loader, self.layers, self.amp = backbone, loader, layers, amp
+        self.dim = layers * backbone.embed_dim
+        self.side = loader.args.image_size // backbone.patch_size  # in patches
+        self.kept = None
+        count, world = len(loader.split), loader.world
+        if count * self.dim * self.side**2 * 4 <= KEPT_BYTES:
             batches = torch.arange(count).split(CHUNK * world.size)
-            parts = progress(self.compute(batches), "features", world, len(batches))
-            self.kept = [torch.cat(part) for part in zip(*parts, strict=True)]
+            features, masks = zip(*progress(self.compute(batches), "features", world, len(batches)), strict=True)
+            self.kept = torch.cat(features), torch.cat(masks)
 
     @torch.no_grad()
     def of(self, images):
@@ -87,31 +108,53 @@ class PatchTokens:
         return torch.cat([layer.float() for layer in tokens], dim=1)
 
     def batches(self, batches):
-        """(features (B, layers * D, h, w), masks (B, M, M) uint8) of every list of images."""
+        """(features (B, layers * D, h, w), masks (B, M, M) int64) of every list of images."""
         if self.kept is None:
-            return self.compute(batches)
-        return (tuple(part[batch.to(part.device)] for part in self.kept) for batch in batches)
+            yield from self.compute(batches)
+            return
+        features, masks = self.kept
+        for batch in batches:
+            yield features[batch], masks[batch]
 
     def compute(self, batches):
         """Every chunk of a batch on one rank, the others add zero: all ranks have the same digits for any number."""
-        world = self.loader.world
-        mine = self.loader.fetch([chunk for batch in batches for chunk in batch.split(CHUNK)[world.rank :: world.size]])
-        side, M = self.loader.sides[0] // self.backbone.patch_size, self.loader.args.map_size
+        world, M = self.loader.world, self.loader.args.map_size
+        chunks = []  # this rank's
         for batch in batches:
-            features = torch.zeros(len(batch), self.layers * self.backbone.embed_dim, side, side, device=world.device)
-            masks = torch.zeros(len(batch), M, M, dtype=torch.uint8, device=world.device)
+            chunks += batch.split(CHUNK)[world.rank :: world.size]
+        loaded = self.loader.fetch(chunks)
+        for batch in batches:
+            features = torch.zeros(len(batch), self.dim, self.side, self.side, device=world.device)
+            masks = torch.zeros(len(batch), M, M, dtype=torch.int64, device=world.device)
             for places in torch.arange(len(batch)).split(CHUNK)[world.rank :: world.size]:
-                images, masks[places] = next(mine)
+                images, masks[places] = next(loaded)
                 features[places] = self.of(images)
             all_reduce(features, masks)
             yield features, masks
 
 
-def write_result(path, args, result):
-    """Write an evaluation's scores and counts, which weights they are of, and all settings."""
-    settings = {
-        k: v
-        for k, v in vars(args).items()
-        if k not in MAY_DIFFER_ON_RESUME or k in ("weights", "hub_repo", "data_root")
+def confusion_matrix(predictions, targets, num_classes):
+    """(C, C) int64 counts, rows truth and columns prediction, of predictions and targets of one shape on one device.
+    Targets outside 0..C-1 (void) take no part."""
+    valid = (targets >= 0) & (targets < num_classes)
+    pairs = targets[valid].long() * num_classes + predictions[valid]
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def segmentation_scores(confusion):
+    """Scores between 0 and 1 from a confusion matrix (C, C), rows truth and columns prediction.
+
+    "pixel_acc" is sum TP / all pixels; "iou" the micro-averaged sum TP / sum (TP + FP + FN) = acc / (2 - acc), which is
+    what the paper's tables call IoU; "per_class_iou" TP / (TP + FP + FN), None for a class absent from both truth and
+    prediction; "miou" the mean of those that are not None. Without any pixel all scores are 0.
+    """
+    confusion = torch.as_tensor(confusion, dtype=torch.float64).cpu()
+    hits, total = confusion.diag(), confusion.sum()
+    union = confusion.sum(0) + confusion.sum(1) - hits  # TP + FP + FN
+    per_class = hits / union.clamp(min=1)
+    return {
+        "pixel_acc": (hits.sum() / total.clamp(min=1)).item(),
+        "iou": (hits.sum() / (2 * total - hits.sum()).clamp(min=1)).item(),
+        "miou": (per_class.sum() / (union > 0).sum().clamp(min=1)).item(),
+        "per_class_iou": [iou if n else None for iou, n in zip(per_class.tolist(), union.tolist(), strict=True)],
     }
-    write_json(path, settings | {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()})

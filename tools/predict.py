@@ -1,0 +1,119 @@
+"""Apply the policy of a finished run, its backbone and head, to images.
+
+    python -m tools.predict runs/cifar10/grpo_rm/seed0 photo.jpg more_photos/
+    python -m tools.predict runs/voc2012/grpo_rm/seed0 photos/ --output predictions --device cuda
+
+Images are files, or directories of which the images right in them are taken. Everything goes to --output, by default
+RUN_DIR/predictions. Classification: prints the most probable class of each image and its probability, and writes them
+to predictions.csv. Segmentation: writes for each image <name>.png, the class index of every pixel at the image's own
+size (with PASCAL VOC's palette), and <name>_overlay.jpg, the image blended with the colours of its classes.
+
+In Python: policy, transform, classes = grpo_rm.load_policy(run_dir).
+"""
+
+import csv
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from common import cli, distributed
+from common.checkpoint import make_directory
+from common.palette import palette_image
+from data import image_files, read_image
+from grpo_rm import SegmentationHead, load_policy
+
+
+def parse_args(argv):
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="what train_cls.py or train_seg.py wrote")
+    parser.add_argument("images", metavar="IMAGE_OR_DIR", type=Path, nargs="+", help="image files, or directories")
+    parser.add_argument("--output", metavar="DIR", type=Path, help="default: RUN_DIR/predictions")
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto is cuda if there is one"
+    )
+    return parser.parse_args(argv)
+
+
+def find_images(paths):
+    """The files among `paths`, and the images right in the directories. Raises InputError where there is none."""
+    files = []
+    for path in paths:
+        if path.is_dir():
+            found = [Path(file) for file in image_files(path)]
+        else:
+            found = [path] if path.is_file() else []
+        if not found:
+            raise cli.InputError(f"{path}: no image there; give image files, or directories with images right in them")
+        files += found
+    return files
+
+
+def check_names(files, output):
+    """Raises InputError where two images would give files of one name, or an image might be overwritten."""
+    seen = {}
+    for file in files:
+        if file.stem in seen:
+            raise cli.InputError(f"{seen[file.stem]} and {file} would both become {file.stem}.png; rename one of them")
+        if file.resolve().parent == output.resolve():
+            raise cli.InputError(f"--output {output} holds {file.name}, one of the images; choose another directory")
+        seen[file.stem] = file
+
+
+def classify(policy, transform, classes, files, device, output):
+    """Print the most probable class of every image, and write predictions.csv."""
+    with open(output / "predictions.csv", "w", newline="") as table:
+        writer = csv.writer(table)
+        writer.writerow(["file", "class", "probability"])
+        for file in files:
+            logits = policy(transform(read_image(file))[None].to(device))  # (1, G)
+            probability, index = logits.float().softmax(1)[0].max(0)
+            writer.writerow([file, classes[index], f"{probability:.4f}"])
+            print(f"{file}  {classes[index]}  {probability:.4f}")
+
+
+def segment(policy, transform, files, device, output):
+    """Write the class indices of every image as a palette PNG, and the image blended with their colours."""
+    for file in files:
+        image = read_image(file)
+        logits = policy(transform(image)[None].to(device))  # (1, G, M, M)
+        labels = label_map(logits[0].float(), (image.height, image.width))
+        picture = palette_image(labels.byte().cpu().numpy())
+        picture.save(output / f"{file.stem}.png")
+        Image.blend(image, picture.convert("RGB"), 0.5).save(output / f"{file.stem}_overlay.jpg")
+    print(f"class indices and overlays of {len(files)} images -> {output}")
+
+
+def label_map(logits, size):
+    """The class with the largest of the logits (G, M, M), upsampled bilinearly to `size`: (H, W) int64. A class at a
+    time: all upsampled maps of a photograph would be gigabytes."""
+    best = logits.new_full(size, -torch.inf)
+    labels = torch.zeros(size, dtype=torch.int64, device=logits.device)
+    for index, part in enumerate(logits):
+        upsampled = F.interpolate(part[None, None], size=size, mode="bilinear")[0, 0]  # (H, W)
+        labels[upsampled > best] = index
+        best = torch.maximum(best, upsampled)
+    return labels
+
+
+@cli.stage
+@torch.inference_mode()
+def main(argv=None):
+    args = parse_args(argv)
+    device = distributed.start_processes(args.device).device
+    policy, transform, classes = load_policy(args.run_dir)
+    policy.to(device)
+    files, output = find_images(args.images), args.output or args.run_dir / "predictions"
+    segmentation = isinstance(policy.head, SegmentationHead)
+    if segmentation:
+        check_names(files, output)
+    make_directory(output, "--output")
+    if segmentation:
+        segment(policy, transform, files, device, output)
+    else:
+        classify(policy, transform, classes, files, device, output)
+
+
+if __name__ == "__main__":
+    main()
