@@ -58,8 +58,9 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     world = distributed.start_processes(args.device)
-    path = resolve_run(args, "eval_knn.json")  # first: the dataset may be the run's
-    cli.resolve_model_arguments(args, world, resolve_dataset(args, "classification"))
+    path = resolve_run(args, "eval_knn.json")  # first: it may name the dataset
+    resolve_dataset(args, "classification")
+    cli.resolve_model_arguments(args, world)
     make_directory(path.parent, "--output")
     train_split, val_split = load_data(args, world)
     if args.k > len(train_split):

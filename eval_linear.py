@@ -233,7 +233,7 @@ def parse_args(argv):
         help="the layer's m, for classification also the backbone's; default: 1024, for segmentation 256")  # fmt: skip
     add("--epochs", type=cli.whole(1), default=50, help="epochs of the linear layer; the paper's is 50")
     add("--lr", type=cli.number(0, above=True), help="first learning rate; default: 1e-3 * m/256")
-    add("--lr-end", type=cli.number(0), help="last learning rate; default: 1e-5 * m/256")
+    add("--lr-end", type=cli.number(0), help="last learning rate; default: a hundredth of --lr")
     add = parser.add_argument_group("segmentation").add_argument
     add("--features", choices=["linear", "multiscale"], default="linear",
         help="the last layer's patch tokens, or those of the last four layers with test-time augmentation")  # fmt: skip
@@ -248,7 +248,8 @@ def main(argv=None):
     world = distributed.start_processes(args.device)
     multiscale = args.features == "multiscale"
     path = resolve_run(args, "eval_linear_multiscale.json" if multiscale else "eval_linear.json")
-    cli.resolve_model_arguments(args, world, resolve_dataset(args, "classification", "segmentation"))
+    resolve_dataset(args, "classification", "segmentation")
+    cli.resolve_model_arguments(args, world)
     segmentation = args.task == "segmentation"
     if not segmentation and (multiscale or args.map_size or args.save_images):
         raise cli.InputError(
@@ -259,7 +260,7 @@ def main(argv=None):
         raise cli.InputError(f"--output {path}: the layer would replace --weights {args.weights}; choose another name")
     make_directory(path.parent, "--output")
     args.batch_size = args.batch_size or (256 if segmentation else 1024)
-    cli.resolve_learning_rate(args, lr=1e-3, lr_end=1e-5)
+    cli.resolve_learning_rate(args, lr=1e-3)
     if segmentation:
         evaluate_segmentation(args, world, path)
     else:

@@ -2,10 +2,11 @@
 
 import argparse
 import contextlib
+import functools
+import json
 import os
 import shutil
-from collections import defaultdict
-from functools import cache
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
@@ -20,15 +21,23 @@ import eval_knn
 import eval_linear
 import train_cls
 import train_seg
-from common import backbone, cli
+from common import backbone
 from common.backbone import load_backbone
+from common.demo import SHAPES
 from common.features import PatchTokens, class_tokens
-from data import VOID, Loader, Split, load_splits
+from common.palette import palette
+from data import VOID, Loader, load_splits
 from eval_knn import knn_predict
 from eval_linear import confusion_matrix, fit_softmax_regression, predict, segmentation_scores
+from grpo_rm import Encoder
 
-SEGMENTATION = ["--device", "cpu", "--workers", "1", "--map-size", "8", "--epochs", "2", "--backbone", "vit_tiny"]
-SCENES = "--dataset shapes_seg --image-size 28 --limit-train 40 --limit-val 40".split()
+SHORT = ["--device", "cpu", "--workers", "1", "--epochs", "2", "--backbone", "vit_tiny"]
+SCENES = "--dataset shapes_seg --image-size 28 --map-size 8 --limit-train 40 --limit-val 40".split()
+
+
+def recipe(**settings):
+    """How a linear layer is trained, as fit_softmax_regression and fit_segmenter take it."""
+    return argparse.Namespace(fit_seed=0, **settings)
 
 
 # Classification
@@ -69,20 +78,16 @@ def test_knn_tie_goes_to_the_nearer_class():
 
 
 def test_softmax_regression_finds_the_optimum():
-    """Against full-batch L-BFGS on the same convex problem, in float64."""
+    """Against full-batch L-BFGS on the same convex problem."""
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(300, 3, generator=generator, dtype=torch.float64)
-    targets = (features @ torch.randn(3, 4, generator=generator, dtype=torch.float64)).argmax(1)
+    features = torch.randn(300, 3, generator=generator)
+    targets = (features @ torch.randn(3, 4, generator=generator)).argmax(1)
     noise = torch.randint(4, (300,), generator=generator)
     targets = torch.where(torch.rand(300, generator=generator) < 0.3, noise, targets)
-    torch.set_default_dtype(torch.float64)
-    try:
-        recipe = {"epochs": 200, "batch_size": 300, "lr": 0.1, "lr_end": 1e-4, "seed": 0}
-        layer, again = (fit_softmax_regression(features, targets, 4, **recipe) for _ in range(2))
-        best = torch.nn.Linear(3, 4)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    optimizer = torch.optim.LBFGS(best.parameters(), max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+    args = recipe(epochs=200, batch_size=300, lr=0.1, lr_end=1e-4)
+    layer, again = (fit_softmax_regression(features, targets, 4, args) for _ in range(2))
+    best = torch.nn.Linear(3, 4)
+    optimizer = torch.optim.LBFGS(best.parameters(), max_iter=500, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
@@ -112,19 +117,46 @@ def test_frozen_baseline_is_the_backbone_training_starts_from(tmp_path, monkeypa
     assert frozen["method"] == start["method"] == "frozen" and (frozen["seed"], frozen["weights"]) == (3, None)
 
 
-def test_weights_of_a_run_on_other_data_need_an_output(image_folder, tmp_path, capsys):
+def test_weights_of_a_run_are_evaluated_on_its_dataset(image_folder, tmp_path, capsys):
     shutil.copytree(image_folder, tmp_path / "copy")
+    run = ["--backbone", "vit_tiny", "--batch-size", "9", "--epochs", "1", "--seed", "3", "--output-dir"]
     flags = ["--dataset", "folder", "--image-size", "28", "--device", "cpu", "--data-root"]
-    run = ["--backbone", "vit_tiny", "--batch-size", "9", "--epochs", "1", "--output-dir"]
-    train_cls.main([*TINY, *run, str(tmp_path / "shapes")])
+    train_cls.main([*TINY, "--image-size", "28", *run, str(tmp_path / "shapes")])
     train_cls.main([*flags, str(image_folder), *run, str(tmp_path / "own")])
     for root, name in ((image_folder, "shapes"), (tmp_path / "copy", "own")):
         refused = [*flags, str(root), "--weights", str(tmp_path / name / "backbone.pth")]
         assert "come from a run on another dataset" in stderr_of(capsys, eval_knn.main, *refused)
         eval_knn.main([*refused, "--output", str(tmp_path / "other.json")])
         assert read_json(tmp_path / "other.json")["method"] == "grpo_rm"
-    eval_knn.main([*flags, os.path.relpath(image_folder), *refused[-2:]])  # the same, by another name
-    assert read_json(tmp_path / "own" / "eval_knn.json")["train_images"] == 18
+
+    own = ["--device", "cpu", "--weights", str(tmp_path / "own" / "backbone.pth")]
+    result = tmp_path / "own" / "eval_knn.json"
+    for same in ([], ["--dataset", "folder"], ["--dataset", "folder", "--data-root", os.path.relpath(image_folder)]):
+        eval_knn.main([*own, *same])
+        found = read_json(result)
+        assert (found["dataset"], found["data_root"], found["train_images"]) == ("folder", str(image_folder), 18)
+        assert (found["backbone"], found["image_size"], found["seed"], found["method"]) == (
+            "vit_tiny",
+            28,
+            3,
+            "grpo_rm",
+        )
+        result.unlink()
+
+    config = tmp_path / "shapes" / "config.json"
+    config.write_text(json.dumps(read_json(config) | {"data_root": "datasets"}))  # drawn sets of older runs have one
+    eval_knn.main([*TINY, "--weights", str(config.with_name("backbone.pth"))])
+    found = read_json(config.with_name("eval_knn.json"))
+    assert (found["dataset"], found["image_size"], found["method"]) == ("shapes", 28, "grpo_rm")
+    config.write_text('{"dataset": "cifar10", "model_type": "dinov2"}')  # of no run of ours
+    eval_knn.main([*TINY, "--weights", str(config.with_name("backbone.pth")), "--output", str(result)])
+    assert (read_json(result)["dataset"], read_json(result)["method"]) == ("shapes", "frozen")
+
+
+def test_the_layer_never_replaces_the_weights(tmp_path, capsys):
+    torch.save({}, tmp_path / "model.pth")
+    flags = ["--device", "cpu", "--weights", tmp_path / "model.pth", "--output", tmp_path / "model.json"]
+    assert "would replace --weights" in stderr_of(capsys, eval_linear.main, *flags)
 
 
 @pytest.mark.parametrize("module", [train_cls, train_seg, eval_linear, eval_knn])
@@ -148,16 +180,26 @@ def test_validation_images_never_train_the_layer(fit, tmp_path, monkeypatch):
 
     for name in (fit, "class_tokens"):
         monkeypatch.setattr(eval_linear, name, record(name, getattr(eval_linear, name)))
-    dataset = "shapes" if fit == "fit_softmax_regression" else "shapes_seg"
-    flags = [*SEGMENTATION, "--dataset", dataset, "--image-size", "28", "--output", str(tmp_path / "r.json")]
+    flags = [*SHORT, "--image-size", "28", "--output", str(tmp_path / "eval_r.json")]
+    flags += (
+        ["--dataset", "shapes"] if fit == "fit_softmax_regression" else ["--dataset", "shapes_seg", "--map-size", "8"]
+    )
     for train, val in ((20, 4), (21, 4), (20, 9)):
         eval_linear.main([*flags, "--limit-train", str(train), "--limit-val", str(val)])
-    states = [torch.cat([x.flatten().double() for x in layer.state_dict().values()]) for layer in found[fit]]
-    assert torch.equal(states[0], states[2]) and not torch.equal(states[0], states[1])
-    if dataset == "shapes":
-        _, (features, targets), _ = found["class_tokens"][2]
-        share = (found[fit][2](features).argmax(1) == targets).double().mean().item()
-        assert read_json(tmp_path / "r.json")["top1"] == pytest.approx(100 * share, abs=1e-4) and len(targets) == 9
+    states = [layer.state_dict() for layer in found[fit]]
+    assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
+    assert_equal(states[0], states[2])
+    with pytest.raises(AssertionError, match="not equal"):
+        assert_equal(states[0], states[1])
+    assert_equal(torch.load(tmp_path / "r.pth", weights_only=True), states[2])  # the layer is written, too
+    if fit == "fit_softmax_regression":
+        features, targets = found["class_tokens"][-1]
+        pairs = Counter(zip(targets.tolist(), found[fit][2](features).argmax(1).tolist(), strict=True))
+        result, total = read_json(tmp_path / "eval_r.json"), Counter(targets.tolist())
+        assert result["top1"] == pytest.approx(100 * sum(pairs[k, k] for k in range(10)) / 9, abs=1e-4)
+        assert result["confusion"] == [[pairs[truth, k] for k in range(10)] for truth in range(10)]
+        each = [pytest.approx(100 * pairs[k, k] / total[k], abs=1e-4) if total[k] else None for k in range(10)]
+        assert result["per_class_accuracy"] == dict(zip(SHAPES, each, strict=True)) and None in each
 
 
 # Segmentation
@@ -191,12 +233,17 @@ def test_scores_without_any_pixel_are_zero():
     assert scores == {"pixel_acc": 0.0, "iou": 0.0, "miou": 0.0, "per_class_iou": [None, None, None]}
 
 
+def drawn(dataset, count, world=CPU):
+    """A loader of so many drawn training images, 28 pixels wide; maps have 12."""
+    args = argparse.Namespace(dataset=dataset, data_root=None, image_size=28, map_size=12, workers=1, seed=0)
+    data.resolve_dataset(args, "classification", "segmentation")
+    split = load_splits(dataset, None, args.task, download=False)[0]
+    return Loader(data.limit(split, count), args, world)
+
+
 def tokens_of(layers=1, world=CPU, count=37):
-    drawn = load_splits("shapes_seg", ".", "segmentation", download=False)[0]
-    split = Split(drawn.classes, count, cache(drawn.read), masks=True)
     torch.manual_seed(0)
-    args = argparse.Namespace(task="segmentation", dataset="shapes_seg", image_size=28, map_size=12, workers=1, seed=0)
-    return PatchTokens(load_backbone("vit_tiny"), Loader(split, args, world), layers, "off")
+    return PatchTokens(load_backbone("vit_tiny"), drawn("shapes_seg", count, world), layers, "off")
 
 
 def test_multiscale_features_are_the_last_four_layers():
@@ -212,12 +259,12 @@ def test_multiscale_features_are_the_last_four_layers():
 
 
 def test_kept_and_recomputed_tokens_give_the_same_layer(monkeypatch):
-    recipe = {"epochs": 2, "batch_size": 20, "lr": 1e-2, "lr_end": 1e-3, "seed": 0}
+    args = recipe(epochs=2, batch_size=20, lr=1e-2, lr_end=1e-3)
     kept = tokens_of()
     monkeypatch.setattr("common.features.KEPT_BYTES", 0)
     recomputed = tokens_of()
     assert kept.kept is not None and recomputed.kept is None
-    one, other = (eval_linear.fit_segmenter(source, 11, **recipe).state_dict() for source in (kept, recomputed))
+    one, other = (eval_linear.fit_segmenter(source, 11, args).state_dict() for source in (kept, recomputed))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert one["1.weight"].abs().max() > 0.02  # has learned: it starts from a deviation of 0.01
 
@@ -227,10 +274,10 @@ def test_the_gradient_of_the_layer_is_that_of_the_whole_batch(monkeypatch):
     monkeypatch.setattr(eval_linear, "CHUNK", 2)
     logits, copy = (torch.randn(5, 4, 3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     copy.data = logits.detach().clone()
-    masks = torch.randint(0, 4, (5, 9, 9), dtype=torch.uint8)
-    masks[:, :2], masks[3] = VOID, VOID
+    masks = torch.randint(0, 4, (5, 9, 9))
+    masks[:, :2] = masks[3] = -100
     eval_linear.upsampled_cross_entropy(logits, masks)
-    F.cross_entropy(F.interpolate(copy, size=(9, 9), mode="bilinear"), masks.long(), ignore_index=VOID).backward()
+    F.cross_entropy(F.interpolate(copy, size=(9, 9), mode="bilinear"), masks).backward()
     torch.testing.assert_close(logits.grad, copy.grad, rtol=1e-12, atol=1e-15)
 
 
@@ -253,7 +300,7 @@ def test_images_are_scored_at_the_size_of_their_masks(features, mask_folder, tmp
         return original(source, segmenter, split, args, *rest)
 
     monkeypatch.setattr(eval_linear, "confusion_of", spy)
-    flags = [*SEGMENTATION, "--dataset", "folder", "--data-root", str(mask_folder), "--image-size", "56"]
+    flags = [*SHORT, "--dataset", "folder", "--data-root", str(mask_folder), "--image-size", "56", "--map-size", "8"]
     flags += ["--features", features, "--output", str(tmp_path / "r.json")]
     eval_linear.main([*flags, "--save-images", "2"])
     result, split, confusion, found = read_json(tmp_path / "r.json"), seen["split"], 0, []
@@ -293,7 +340,7 @@ def test_images_are_scored_at_the_size_of_their_masks(features, mask_folder, tmp
 
 def test_palette_is_vocs():
     expected = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 3: (128, 128, 0), 15: (192, 128, 128), 20: (0, 64, 128)}
-    colours = eval_linear.palette().tolist()
+    colours = palette().tolist()
     assert all(tuple(colours[i]) == colour for i, colour in (expected | {255: (224, 224, 192)}).items())
     assert len({*map(tuple, colours)}) == 256
 
@@ -303,25 +350,24 @@ def test_palette_is_vocs():
 STAGES = {
     "knn": (eval_knn, TINY),
     "linear": (eval_linear, [*TINY, "--epochs", "5"]),
-    "multiscale": (eval_linear, [*SEGMENTATION, *SCENES, "--features", "multiscale"]),
+    "multiscale": (eval_linear, [*SHORT, *SCENES, "--features", "multiscale"]),
 }
 
 
 def run_stages(world, directory):
     """Class tokens, and patch tokens kept and computed anew, with targets and masks; then the scripts."""
-    flags = "--limit-train 50 --limit-val 20 --batch-size 16 --workers 2 --seed 0 --backbone vit_tiny".split()
-    args = eval_linear.parse_args(flags)
-    cli.resolve_model_arguments(args, world, data.resolve_dataset(args, "classification"))
-    train, val, _ = class_tokens(args, world)
+    torch.manual_seed(0)
+    encoder = Encoder(load_backbone("vit_tiny"), "x_norm_clstoken", "off")
+    features, targets = class_tokens(encoder, drawn("shapes", 50, world), 16)
     source, batches = tokens_of(1, world), [torch.arange(36, -1, -1)]
     (kept,) = source.batches(batches)
     (computed,) = source.compute(batches)
-    torch.save([*train, *val, *kept, *computed], f"{directory}/{world.rank} of {world.size}.pth")
+    torch.save([features, targets, *kept, *computed], f"{directory}/{world.rank} of {world.size}.pth")
     with open(f"{directory}/{world.rank} of {world.size}.txt", "w") as file, contextlib.redirect_stdout(file):
         for name, (module, flags) in STAGES.items():
             module.main.__wrapped__([*flags, "--batch-size", "16", "--output", f"{directory}/{name}{world.size}.json"])
         run = ["--batch-size", "20", "--lr", "1e-3", "--output-dir", f"{directory}/run{world.size}"]
-        train_seg.main.__wrapped__([*SEGMENTATION, *SCENES, *run])
+        train_seg.main.__wrapped__([*SHORT, *SCENES, *run])
 
 
 @pytest.fixture(scope="module")
@@ -334,12 +380,12 @@ def stages(tmp_path_factory):
 
 def test_features_are_the_same_bits_on_two_processes(stages):
     expected, *others = (torch.load(stages / f"{x}.pth", weights_only=True) for x in ("0 of 1", "0 of 2", "1 of 2"))
-    assert [len(part) for part in expected] == [50, 50, 20, 20, 37, 37, 37, 37]
+    assert [len(part) for part in expected] == [50, 50, 37, 37, 37, 37]
     assert all(part.flatten(1).abs().amax(1).min() > 0 for part in expected if part.dim() > 1)
     for found in others:
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert torch.equal(expected[5], expected[7])
-    torch.testing.assert_close(expected[4], expected[6])
+    assert torch.equal(expected[3], expected[5])
+    torch.testing.assert_close(expected[2], expected[4])
 
 
 @pytest.mark.parametrize("name", STAGES)

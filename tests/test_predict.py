@@ -1,0 +1,116 @@
+"""tools/predict.py and grpo_rm.load_policy, on tiny runs of both tasks."""
+
+import argparse
+import csv
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CPU, read_json, stderr_of, write_image
+from PIL import Image
+from soak_resume import read_log
+
+import train_cls
+import train_seg
+from common.palette import palette
+from data import Loader, load_data, read_image
+from grpo_rm import load_policy
+from tools import predict
+
+TRAIN = "--device cpu --workers 1 --image-size 28 --limit-train 40 --limit-val 40 --epochs 1 --batch-size 10".split()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The directory of a run of each task."""
+    root = tmp_path_factory.mktemp("runs")
+    train_cls.main([*TRAIN, "--output-dir", str(root / "cls")])
+    train_seg.main([*TRAIN, "--map-size", "12", "--output-dir", str(root / "seg")])
+    return root
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Three images of several sizes and modes, the last turned by its EXIF orientation, and another file."""
+    folder, turned = tmp_path / "photos", Image.Exif()
+    write_image(folder / "a.jpg", 1, (50, 40))
+    write_image(folder / "b, c.png", 2, (30, 60), "P")
+    turned[0x0112] = 6  # by 90 degrees
+    Image.effect_noise((40, 70), 80).save(folder / "d.jpg", exif=turned)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def run(*arguments):
+    predict.main([*map(str, arguments), "--device", "cpu"])
+
+
+@pytest.mark.parametrize(("name", "score"), [("cls", "val_accuracy"), ("seg", "val_pixel_acc")])
+def test_a_loaded_policy_scores_as_in_training(name, score, runs):
+    """Its inputs are the loader's to the last bit, and its accuracy is what the run logged at its end."""
+    args = argparse.Namespace(**read_json(runs / name / "config.json"))
+    policy, transform, classes = load_policy(runs / name)
+    val = load_data(args, CPU)[1]
+    ((images, targets),) = Loader(val, args, CPU).fetch([torch.arange(len(val))])
+    inputs = torch.stack([transform(val.read(i)[0]) for i in range(len(val))])
+    assert torch.equal(inputs, images) and classes == val.classes
+    with torch.no_grad():
+        predictions = policy(inputs).argmax(1)
+    accuracy = 100 * (predictions == targets)[targets >= 0].double().mean().item()
+    assert accuracy == pytest.approx(read_log(runs / name)[-1][score], abs=1e-4) and len(predictions.unique()) > 3
+
+
+def test_classification_names_the_most_probable_class(runs, photos, capsys):
+    run(runs / "cls", photos, photos / "a.jpg")
+    policy, transform, classes = load_policy(runs / "cls")
+    with open(runs / "cls" / "predictions" / "predictions.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["file", "class", "probability"]
+    assert [row[0] for row in rows] == [str(photos / name) for name in ("a.jpg", "b, c.png", "d.jpg", "a.jpg")]
+    printed = capsys.readouterr().out.splitlines()
+    for row, line in zip(rows, printed, strict=True):
+        with torch.no_grad():
+            probabilities = policy(transform(read_image(row[0]))[None]).softmax(1)[0]
+        assert row[1] == classes[probabilities.argmax()] and row[2] == f"{probabilities.max():.4f}"
+        assert line == "  ".join(row)
+
+
+def test_segmentation_draws_maps_at_the_size_of_the_image(runs, photos, tmp_path):
+    output = tmp_path / "maps"
+    run(runs / "seg", photos, "--output", output)
+    policy, transform, _ = load_policy(runs / "seg")
+    names = ("a", "b, c", "d")
+    assert {path.name for path in output.iterdir()} == {
+        name + end for name in names for end in (".png", "_overlay.jpg")
+    }
+    for file in photos.glob("*.[jp]*"):
+        image = read_image(file)
+        with torch.no_grad():
+            logits = policy(transform(image)[None])
+        expected = F.interpolate(logits, size=image.size[::-1], mode="bilinear").argmax(1)[0]
+        with (
+            Image.open(output / f"{file.stem}.png") as picture,
+            Image.open(output / f"{file.stem}_overlay.jpg") as overlay,
+        ):
+            assert picture.mode == "P" and np.array_equal(picture, expected)
+            assert picture.getpalette()[:33] == palette()[:11].flatten().tolist()
+            blend = (np.asarray(image, float) + palette()[expected]) / 2
+            mean = np.asarray(overlay).mean((0, 1))  # JPEG changes the pixels of noise, not their mean
+            assert overlay.size == image.size and mean == pytest.approx(blend.mean((0, 1)), abs=2)
+        assert file.stem != "d" or image.size == (70, 40)  # upright
+
+
+def test_what_cannot_be_predicted_is_one_line(runs, photos, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    write_image(photos / "more" / "a.png", 4)
+    for what, images in ((tmp_path / "empty", [tmp_path / "empty"]), ("none.jpg", [photos / "a.jpg", "none.jpg"])):
+        assert f"{what}: no image there" in stderr_of(capsys, predict.main, runs / "cls", *images)
+    assert "config.json" in stderr_of(capsys, predict.main, tmp_path, photos)  # no run
+    assert "would both become a.png" in stderr_of(capsys, predict.main, runs / "seg", photos, photos / "more")
+    assert "one of the images" in stderr_of(capsys, predict.main, runs / "seg", photos, "--output", photos)
+    (photos / "b, c.png").write_text("damaged")
+    for name, kept in (("seg", "a.png"), ("cls", "predictions.csv")):
+        arguments = [runs / name, photos, "--output", tmp_path / name, "--device", "cpu"]
+        assert "b, c.png cannot be read" in stderr_of(capsys, predict.main, *arguments)
+        assert (tmp_path / name / kept).stat().st_size > 30  # what came before it stays
