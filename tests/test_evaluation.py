@@ -2,11 +2,10 @@
 
 import argparse
 import contextlib
-import functools
 import json
 import os
 import shutil
-from collections import Counter, defaultdict
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -119,38 +118,29 @@ def test_frozen_baseline_is_the_backbone_training_starts_from(tmp_path, monkeypa
 
 def test_weights_of_a_run_are_evaluated_on_its_dataset(image_folder, tmp_path, capsys):
     shutil.copytree(image_folder, tmp_path / "copy")
-    run = ["--backbone", "vit_tiny", "--batch-size", "9", "--epochs", "1", "--seed", "3", "--output-dir"]
-    flags = ["--dataset", "folder", "--image-size", "28", "--device", "cpu", "--data-root"]
-    train_cls.main([*TINY, "--image-size", "28", *run, str(tmp_path / "shapes")])
-    train_cls.main([*flags, str(image_folder), *run, str(tmp_path / "own")])
-    for root, name in ((image_folder, "shapes"), (tmp_path / "copy", "own")):
-        refused = [*flags, str(root), "--weights", str(tmp_path / name / "backbone.pth")]
-        assert "come from a run on another dataset" in stderr_of(capsys, eval_knn.main, *refused)
-        eval_knn.main([*refused, "--output", str(tmp_path / "other.json")])
+    folder, own, shapes = ["--dataset", "folder", "--data-root"], tmp_path / "own", tmp_path / "shapes"
+    run = "--device cpu --image-size 28 --backbone vit_tiny --batch-size 9 --epochs 1 --seed 3 --output-dir".split()
+    train_cls.main([*folder, str(image_folder), *run, str(own)])
+    train_cls.main(["--limit-train", "18", "--limit-val", "9", *run, str(shapes)])
+    expected = {"dataset": "folder", "data_root": str(image_folder), "train_images": 18, "image_size": 28, "seed": 3}
+    for same in ([], ["--dataset", "folder"], [*folder, os.path.relpath(image_folder)]):
+        eval_knn.main(["--device", "cpu", "--weights", str(own / "backbone.pth"), *same])
+        assert expected.items() <= read_json(own / "eval_knn.json").items()
+        (own / "eval_knn.json").unlink()
+
+    flags = ["--device", "cpu", "--limit-train", "9", "--limit-val", "9", "--weights", str(shapes / "backbone.pth")]
+    config = read_json(shapes / "config.json") | {"data_root": "datasets"}  # drawn sets of older runs have one
+    (shapes / "config.json").write_text(json.dumps(config))
+    eval_knn.main(flags)
+    assert {"dataset": "shapes", "image_size": 28}.items() <= read_json(shapes / "eval_knn.json").items()
+    copy = [*flags[:-1], str(own / "backbone.pth"), *folder, str(tmp_path / "copy")]
+    for other in ([*flags, *folder, str(image_folder)], copy):
+        assert "come from a run on another dataset" in stderr_of(capsys, eval_knn.main, *other)
+        eval_knn.main([*other, "--image-size", "28", "--output", str(tmp_path / "other.json")])
         assert read_json(tmp_path / "other.json")["method"] == "grpo_rm"
-
-    own = ["--device", "cpu", "--weights", str(tmp_path / "own" / "backbone.pth")]
-    result = tmp_path / "own" / "eval_knn.json"
-    for same in ([], ["--dataset", "folder"], ["--dataset", "folder", "--data-root", os.path.relpath(image_folder)]):
-        eval_knn.main([*own, *same])
-        found = read_json(result)
-        assert (found["dataset"], found["data_root"], found["train_images"]) == ("folder", str(image_folder), 18)
-        assert (found["backbone"], found["image_size"], found["seed"], found["method"]) == (
-            "vit_tiny",
-            28,
-            3,
-            "grpo_rm",
-        )
-        result.unlink()
-
-    config = tmp_path / "shapes" / "config.json"
-    config.write_text(json.dumps(read_json(config) | {"data_root": "datasets"}))  # drawn sets of older runs have one
-    eval_knn.main([*TINY, "--weights", str(config.with_name("backbone.pth"))])
-    found = read_json(config.with_name("eval_knn.json"))
-    assert (found["dataset"], found["image_size"], found["method"]) == ("shapes", 28, "grpo_rm")
-    config.write_text('{"dataset": "cifar10", "model_type": "dinov2"}')  # of no run of ours
-    eval_knn.main([*TINY, "--weights", str(config.with_name("backbone.pth")), "--output", str(result)])
-    assert (read_json(result)["dataset"], read_json(result)["method"]) == ("shapes", "frozen")
+    (shapes / "config.json").write_text('{"dataset": "cifar10", "model_type": "dinov2"}')  # of somebody else
+    eval_knn.main([*flags, "--output", str(tmp_path / "other.json")])
+    assert {"dataset": "shapes", "method": "frozen"}.items() <= read_json(tmp_path / "other.json").items()
 
 
 def test_the_layer_never_replaces_the_weights(tmp_path, capsys):
@@ -161,8 +151,7 @@ def test_the_layer_never_replaces_the_weights(tmp_path, capsys):
 
 @pytest.mark.parametrize("module", [train_cls, train_seg, eval_linear, eval_knn])
 def test_missing_weights_are_named_before_anything_is_loaded(module, tmp_path, monkeypatch, capsys):
-    for name in ("load_splits", "download_and_extract_archive"):
-        monkeypatch.setattr(data, name, lambda *args, **options: pytest.fail("data were loaded"))
+    monkeypatch.setattr(data, "load_splits", lambda *args, **options: pytest.fail("data were loaded"))
     monkeypatch.setattr(backbone, "load_backbone", lambda *args, **options: pytest.fail("a backbone was loaded"))
     monkeypatch.chdir(tmp_path)
     dataset = "voc2012" if module is train_seg else "cifar10"
@@ -170,36 +159,34 @@ def test_missing_weights_are_named_before_anything_is_loaded(module, tmp_path, m
     assert "--weights none.pth: no such file" in error and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("fit", ["fit_softmax_regression", "fit_segmenter"])
-def test_validation_images_never_train_the_layer(fit, tmp_path, monkeypatch):
-    """Other validation images, the same layer; other training images, another layer. The score is validation's."""
-    found = {}
+@pytest.mark.parametrize("dataset", ["shapes", "shapes_seg"])
+def test_validation_images_never_train_the_layer(dataset, tmp_path):
+    """Other validation images, the same layer; other training images, another layer."""
+    layers = []
+    for train, val in (("20", "4"), ("20", "9"), ("21", "4")):
+        flags = [*SHORT, "--dataset", dataset, "--image-size", "28", "--limit-train", train, "--limit-val", val]
+        eval_linear.main([*flags, "--output", str(tmp_path / "eval_linear.json")])
+        layer = torch.load(tmp_path / "linear.pth", weights_only=True)
+        layers.append(torch.cat([value.flatten().double() for value in layer.values()]))
+    assert torch.equal(layers[0], layers[1]) and not torch.equal(layers[0], layers[2])
 
-    def record(name, function):
-        return lambda *given, **recipe: found.setdefault(name, []).append(function(*given, **recipe)) or found[name][-1]
 
-    for name in (fit, "class_tokens"):
-        monkeypatch.setattr(eval_linear, name, record(name, getattr(eval_linear, name)))
-    flags = [*SHORT, "--image-size", "28", "--output", str(tmp_path / "eval_r.json")]
-    flags += (
-        ["--dataset", "shapes"] if fit == "fit_softmax_regression" else ["--dataset", "shapes_seg", "--map-size", "8"]
-    )
-    for train, val in ((20, 4), (21, 4), (20, 9)):
-        eval_linear.main([*flags, "--limit-train", str(train), "--limit-val", str(val)])
-    states = [layer.state_dict() for layer in found[fit]]
-    assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
-    assert_equal(states[0], states[2])
-    with pytest.raises(AssertionError, match="not equal"):
-        assert_equal(states[0], states[1])
-    assert_equal(torch.load(tmp_path / "r.pth", weights_only=True), states[2])  # the layer is written, too
-    if fit == "fit_softmax_regression":
-        features, targets = found["class_tokens"][-1]
-        pairs = Counter(zip(targets.tolist(), found[fit][2](features).argmax(1).tolist(), strict=True))
-        result, total = read_json(tmp_path / "eval_r.json"), Counter(targets.tolist())
-        assert result["top1"] == pytest.approx(100 * sum(pairs[k, k] for k in range(10)) / 9, abs=1e-4)
-        assert result["confusion"] == [[pairs[truth, k] for k in range(10)] for truth in range(10)]
-        each = [pytest.approx(100 * pairs[k, k] / total[k], abs=1e-4) if total[k] else None for k in range(10)]
-        assert result["per_class_accuracy"] == dict(zip(SHAPES, each, strict=True)) and None in each
+def test_every_class_is_counted(tmp_path):
+    """What the layer that was written says of the validation images."""
+    flags = [*SHORT, "--image-size", "28", "--limit-train", "50", "--limit-val", "9"]
+    eval_linear.main([*flags, "--output", str(tmp_path / "other.json")])
+    layer, result = torch.nn.Linear(96, 10), read_json(tmp_path / "other.json")
+    layer.load_state_dict(torch.load(tmp_path / "other.pth", weights_only=True))
+    features, targets = class_tokens(encoder_of_seed_0(), drawn("shapes", 9, part=1), 9)
+    confusion = np.zeros((10, 10), int)
+    for pair in zip(targets.tolist(), layer(features).argmax(1).tolist(), strict=True):
+        confusion[pair] += 1
+    assert np.array_equal(result["confusion"], confusion)
+    assert result["top1"] == pytest.approx(100 * confusion.trace() / 9, abs=1e-4)
+    accuracies = result["per_class_accuracy"]
+    assert list(accuracies) == list(SHAPES) and None in accuracies.values()  # 9 images cannot be of 10 classes
+    for row, k, accuracy in zip(confusion, range(10), accuracies.values(), strict=True):
+        assert accuracy == (pytest.approx(100 * row[k] / row.sum(), abs=1e-4) if row.any() else None)
 
 
 # Segmentation
@@ -217,7 +204,7 @@ def test_scores_equal_counting_pixel_by_pixel(seed):
             tp[t] += t == p
             fn[t] += t != p
             fp[p] += t != p
-    confusion = sum(confusion_matrix(*map(torch.tensor, pair), 7) for pair in zip(prediction, truth, strict=True))
+    confusion = confusion_matrix(torch.tensor(prediction), torch.tensor(truth), 7)
     assert confusion.dtype == torch.int64 and confusion.sum() == sum(tp) + sum(fn)
     assert confusion[1, 2] == ((truth == 1) & (prediction == 2)).sum()  # rows truth, columns prediction
     each = [tp[c] / (tp[c] + fp[c] + fn[c]) if tp[c] + fp[c] + fn[c] else None for c in range(7)]
@@ -233,29 +220,23 @@ def test_scores_without_any_pixel_are_zero():
     assert scores == {"pixel_acc": 0.0, "iou": 0.0, "miou": 0.0, "per_class_iou": [None, None, None]}
 
 
-def drawn(dataset, count, world=CPU):
-    """A loader of so many drawn training images, 28 pixels wide; maps have 12."""
+def drawn(dataset, count, world=CPU, part=0):
+    """A loader of so many drawn images, 28 pixels wide, of the training (0) or validation (1) split; maps have 12."""
     args = argparse.Namespace(dataset=dataset, data_root=None, image_size=28, map_size=12, workers=1, seed=0)
     data.resolve_dataset(args, "classification", "segmentation")
-    split = load_splits(dataset, None, args.task, download=False)[0]
+    split = load_splits(dataset, None, args.task, download=False)[part]
     return Loader(data.limit(split, count), args, world)
+
+
+def encoder_of_seed_0():
+    """Of the class tokens that the evaluations compute without weights and seed."""
+    torch.manual_seed(0)
+    return Encoder(load_backbone("vit_tiny"), "x_norm_clstoken", "off")
 
 
 def tokens_of(layers=1, world=CPU, count=37):
     torch.manual_seed(0)
     return PatchTokens(load_backbone("vit_tiny"), drawn("shapes_seg", count, world), layers, "off")
-
-
-def test_multiscale_features_are_the_last_four_layers():
-    images, features = torch.randn(2, 3, 42, 42), tokens_of(4, count=1)
-    model = features.backbone
-    with torch.no_grad():
-        last = model.forward_features(images)["x_norm_patchtokens"].transpose(1, 2).unflatten(2, (3, 3))
-        first = model.get_intermediate_layers(images, n=4, reshape=True)[0]
-    assert features.of(images).shape == (2, 4 * 96, 3, 3) and not torch.equal(first, last)
-    torch.testing.assert_close(features.of(images)[:, -96:], last)
-    torch.testing.assert_close(features.of(images)[:, :96], first)
-    torch.testing.assert_close(tokens_of(1, count=1).of(images), last)
 
 
 def test_kept_and_recomputed_tokens_give_the_same_layer(monkeypatch):
@@ -291,30 +272,28 @@ def test_predict_averages_probabilities():
 
 
 @pytest.mark.parametrize("features", ["linear", "multiscale"])
-def test_images_are_scored_at_the_size_of_their_masks(features, mask_folder, tmp_path, monkeypatch):
+def test_images_are_scored_at_the_size_of_their_masks(features, mask_folder, tmp_path):
     """The result against predictions made here, image by image, scale by scale, each with its mirror image."""
-    seen = {}
-
-    def spy(source, segmenter, split, args, *rest, original=eval_linear.confusion_of):
-        seen.update(source=source, segmenter=segmenter, split=split, args=args)
-        return original(source, segmenter, split, args, *rest)
-
-    monkeypatch.setattr(eval_linear, "confusion_of", spy)
     flags = [*SHORT, "--dataset", "folder", "--data-root", str(mask_folder), "--image-size", "56", "--map-size", "8"]
     flags += ["--features", features, "--output", str(tmp_path / "r.json")]
     eval_linear.main([*flags, "--save-images", "2"])
-    result, split, confusion, found = read_json(tmp_path / "r.json"), seen["split"], 0, []
+    result, confusion, found = read_json(tmp_path / "r.json"), 0, []
+    split = load_splits("folder", mask_folder, "segmentation", download=False)[1]
+    layers = 1 if features == "linear" else 4
+    segmenter = torch.nn.Sequential(torch.nn.BatchNorm2d(96 * layers), torch.nn.Conv2d(96 * layers, 3, 1)).eval()
+    segmenter.load_state_dict(torch.load(tmp_path / "r.pth", weights_only=True))
+    backbone = encoder_of_seed_0().backbone
     sides = [56] if features == "linear" else [56, 70, 98]  # 56 * 1.32 and 56 * 1.73 in whole patches
-    loader = Loader(split, seen["args"], CPU, sides=sides, native=True)
+    loader = Loader(split, argparse.Namespace(**result, workers=0), CPU, sides=sides, native=True)
     ((*scaled, masks),) = loader.fetch([torch.arange(4)])
     assert [tuple(x.shape) for x in scaled] == [(4, 3, side, side) for side in sides]
     for i, mask in enumerate(masks):
         total = 0
         for x in scaled:
             for mirrored in (False, True) if features == "multiscale" else (False,):
-                layers = seen["source"].of(x.flip(3) if mirrored else x)
                 with torch.no_grad():
-                    logits = seen["segmenter"](layers)[i : i + 1]
+                    tokens = backbone.get_intermediate_layers(x.flip(3) if mirrored else x, n=layers, reshape=True)
+                    logits = segmenter(torch.cat(tokens, 1))[i : i + 1]
                 logits = logits.flip(3) if mirrored else logits
                 total = total + F.interpolate(logits, size=mask.shape, mode="bilinear")[0].softmax(0)
         found.append(total.argmax(0))
@@ -356,9 +335,7 @@ STAGES = {
 
 def run_stages(world, directory):
     """Class tokens, and patch tokens kept and computed anew, with targets and masks; then the scripts."""
-    torch.manual_seed(0)
-    encoder = Encoder(load_backbone("vit_tiny"), "x_norm_clstoken", "off")
-    features, targets = class_tokens(encoder, drawn("shapes", 50, world), 16)
+    features, targets = class_tokens(encoder_of_seed_0(), drawn("shapes", 50, world), 16)
     source, batches = tokens_of(1, world), [torch.arange(36, -1, -1)]
     (kept,) = source.batches(batches)
     (computed,) = source.compute(batches)

@@ -7,8 +7,6 @@ Images are files, or directories of which the images right in them are taken. Ev
 RUN_DIR/predictions. Classification: prints the most probable class of each image and its probability, and writes them
 to predictions.csv. Segmentation: writes for each image <name>.png, the class index of every pixel at the image's own
 size (with PASCAL VOC's palette), and <name>_overlay.jpg, the image blended with the colours of its classes.
-
-In Python: policy, transform, classes = grpo_rm.load_policy(run_dir).
 """
 
 import csv
@@ -30,9 +28,7 @@ def parse_args(argv):
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="what train_cls.py or train_seg.py wrote")
     parser.add_argument("images", metavar="IMAGE_OR_DIR", type=Path, nargs="+", help="image files, or directories")
     parser.add_argument("--output", metavar="DIR", type=Path, help="default: RUN_DIR/predictions")
-    parser.add_argument(
-        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto is cuda if there is one"
-    )
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
     return parser.parse_args(argv)
 
 
@@ -63,7 +59,8 @@ def check_names(files, output):
 
 def classify(policy, transform, classes, files, device, output):
     """Print the most probable class of every image, and write predictions.csv."""
-    with open(output / "predictions.csv", "w", newline="") as table:
+    make_directory(output, "--output")
+    with open(output / "predictions.csv", "w", encoding="utf-8", newline="") as table:
         writer = csv.writer(table)
         writer.writerow(["file", "class", "probability"])
         for file in files:
@@ -75,6 +72,8 @@ def classify(policy, transform, classes, files, device, output):
 
 def segment(policy, transform, files, device, output):
     """Write the class indices of every image as a palette PNG, and the image blended with their colours."""
+    check_names(files, output)
+    make_directory(output, "--output")
     for file in files:
         image = read_image(file)
         logits = policy(transform(image)[None].to(device))  # (1, G, M, M)
@@ -101,15 +100,12 @@ def label_map(logits, size):
 @torch.inference_mode()
 def main(argv=None):
     args = parse_args(argv)
+    files = find_images(args.images)
     device = distributed.start_processes(args.device).device
     policy, transform, classes = load_policy(args.run_dir)
     policy.to(device)
-    files, output = find_images(args.images), args.output or args.run_dir / "predictions"
-    segmentation = isinstance(policy.head, SegmentationHead)
-    if segmentation:
-        check_names(files, output)
-    make_directory(output, "--output")
-    if segmentation:
+    output = args.output or args.run_dir / "predictions"
+    if isinstance(policy.head, SegmentationHead):
         segment(policy, transform, files, device, output)
     else:
         classify(policy, transform, classes, files, device, output)
