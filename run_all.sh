@@ -1,98 +1,110 @@
 #!/usr/bin/env bash
-# The chain of stages, from post-training to the paper's tables and figures.
+# shellcheck disable=SC2086,SC2206 # the variables that hold flags are to be split into words
+# The chain of stages: post-training, evaluation of frozen features, the paper's tables and figures.
 #
 #   bash run_all.sh                             the demo: drawn images, a small network, minutes on a CPU
 #   bash run_all.sh tiny_imagenet voc2012       the paper's protocol on every GPU of this machine
 #   DRY_RUN=1 bash run_all.sh tiny_imagenet     prints the commands that it would run
+#   LRS="2e-3 5e-4" bash run_all.sh cifar10     each method at two learning rates
+#   OUT=runs/part METHODS="finetune grpo_rm" TRAIN_ARGS="--train-fraction 0.1" bash run_all.sh voc2012
+#   OUT=runs/eq5 METHODS=grpo_rm TRAIN_ARGS="--uniformity eq5" bash run_all.sh tiny_imagenet
+#   python -m tools.report runs                 Tables 2 to 6 from all of them
 #
 # From the environment, with their defaults (the demo's in brackets):
 #   SEEDS      "0 1 2 3 4" ["0 1"]             METHODS    "frozen finetune grpo_rm"
-#   EPOCHS     100 [16; segmentation 8]        DATA_ROOT  directory of the datasets
-#   OUT        runs [runs/demo]                WEIGHTS    file to start from
+#   EPOCHS     100 [16; segmentation 6]        LRS        learning rates; default: the dataset's
+#   OUT        runs [runs/demo]                DATA_ROOT  directory of the datasets
 #   NPROC      processes; the number of GPUs, or 1 [1]
-#   ABLATIONS  0; 1 adds GRPO-RM with the other uniformity rewards of Table 6
-#   FRACTIONS  "1"; "0.1 1" adds post-training on 10 % of the images (Tables 2 and 4)
-#   TORCHRUN   what starts post-training, where it is to span several nodes:
-#              "srun torchrun --nnodes=2 --nproc_per_node=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500"
-#   MODEL_ARGS, TRAIN_ARGS                     flags for every stage, such as "--backbone dinov2_vitb14"; for training
-#   SEG_MODEL_ARGS, SEG_TRAIN_ARGS, SEG_EVAL_ARGS    more of them for segmentation, which override the former
+#   WEIGHTS    file that all methods start from [segmentation: the first backbone that classification post-trained]
+#   MODEL_ARGS, TRAIN_ARGS, LINEAR_ARGS        flags for all stages, for post-training, for eval_linear.py
 #
 # A stage whose result file exists is skipped, whatever settings it was made with: started again, the chain goes on
-# where it stopped; other settings, or another folder of images, need another OUT.
+# where it stopped; other settings, or another folder of images, need another OUT. A stage that fails with status 1
+# (loss not finite, disk full) ends its seed; the others follow, then a list of the failed stages, and status 1. Any
+# other status (2: bad input; 130: Ctrl-C) ends the chain at once.
 set -euo pipefail
-here=$(cd "$(dirname "$(readlink -f "$0")")" && pwd)
-export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} # for python -m tools.report
 
-if (($# == 0)); then # the demo: small batches and their learning rate, so that a small network learns in few epochs
-    set -- shapes shapes_seg
-    SEEDS=${SEEDS:-0 1} OUT=${OUT:-runs/demo} NPROC=${NPROC:-1}
-    MODEL_ARGS=${MODEL_ARGS:---limit-train 2000}
-    TRAIN_ARGS=${TRAIN_ARGS:---batch-size 64 --lr 1e-3 --eval-every 4}
-    SEG_MODEL_ARGS=${SEG_MODEL_ARGS:---limit-train 400 --limit-val 80 --map-size 56}
-    SEG_TRAIN_ARGS=${SEG_TRAIN_ARGS:---batch-size 32 --epochs ${EPOCHS:-8} --eval-every 2}
-    SEG_EVAL_ARGS=${SEG_EVAL_ARGS:---batch-size 32 --epochs 10 --lr 3e-3}
-    EPOCHS=${EPOCHS:-16}
-fi
-SEEDS=${SEEDS:-0 1 2 3 4} METHODS=${METHODS:-frozen finetune grpo_rm} EPOCHS=${EPOCHS:-100} OUT=${OUT:-runs}
+case ${1:-} in -h | --help) sed -n '3,/^set/s/^# \{0,1\}//p' "$0" && exit ;; esac
+if (($# == 0)); then SEEDS=${SEEDS:-0 1} OUT=${OUT:-runs/demo} NPROC=${NPROC:-1}; fi
+SEEDS=${SEEDS:-0 1 2 3 4} METHODS=${METHODS:-frozen finetune grpo_rm} OUT=${OUT:-runs}
 NPROC=${NPROC:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 launch=(python)
 if ((NPROC > 1)); then launch=(torchrun --standalone --nproc_per_node="$NPROC"); fi
-read -ra train_launch <<<"${TORCHRUN:-${launch[*]}}"
+here=$(cd "$(dirname "$(readlink -f "$0")")" && pwd)
+export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} # for python -m tools.report
+trap 'exit 130' INT                                # torchrun ends with status 1 after Ctrl-C
+first_trained="" # the first backbone that was post-trained
+failed=()        # the results that failed stages left out
 
-stage() { # stage RESULT_FILE COMMAND...: runs the command unless its result is there
+stage() { # stage RESULT_FILE COMMAND...: runs the command unless its result is there; fails where it ends with status 1
+    local status=0
     if [[ -e $1 ]]; then
         echo "# $1 exists: skipped"
     elif [[ ${DRY_RUN:-0} != 0 ]]; then
         printf '%q ' "${@:2}" && echo
     else
-        echo "== ${*:2}" && "${@:2}"
+        echo "== ${*:2}"
+        "${@:2}" || status=$?
     fi
+    if ((status > 1)); then exit "$status"; fi
+    if ((status == 1)); then failed+=("$1"); fi
+    return "$status"
 }
 
-evaluate() { # evaluate RUN FLAGS...: both evaluations of frozen features
-    local run=$1
-    shift
+run_seed() { # run_seed DIRECTORY: one seed, as the variables of run_dataset say, up to the first stage that fails
+    local run=$1 flags=(--dataset "$dataset" --seed "$seed" "${data[@]}" ${MODEL_ARGS:-}) weights=()
+    if [[ -n ${WEIGHTS:-} ]]; then weights=(--weights "$WEIGHTS"); fi
+    if [[ $method != frozen ]]; then
+        stage "$run/backbone.pth" "${launch[@]}" "$here/train_$task.py" "${flags[@]}" "${weights[@]}" \
+            --method "$method" --epochs "${EPOCHS:-100}" ${TRAIN_ARGS:-} "${rate[@]}" \
+            --output-dir "$run" --resume || return
+        first_trained=${first_trained:-$run/backbone.pth}
+        weights=(--weights "$run/backbone.pth")
+    fi
+    flags+=("${weights[@]}")
+    local linear=("${launch[@]}" "$here/eval_linear.py" "${flags[@]}" ${LINEAR_ARGS:-})
     if [[ $task == cls ]]; then
-        stage "$run/eval_linear.json" "${launch[@]}" "$here/eval_linear.py" "$@" --output "$run/eval_linear.json"
-        stage "$run/eval_knn.json" "${launch[@]}" "$here/eval_knn.py" "$@" --output "$run/eval_knn.json"
-        return
+        stage "$run/eval_linear.json" "${linear[@]}" --output "$run/eval_linear.json" || return
+        stage "$run/eval_knn.json" "${launch[@]}" "$here/eval_knn.py" "${flags[@]}" --output "$run/eval_knn.json"
+    else
+        stage "$run/eval_linear.json" "${linear[@]}" --save-images 4 --output "$run/eval_linear.json" || return
+        linear+=(--features multiscale --output "$run/eval_linear_multiscale.json")
+        stage "$run/eval_linear_multiscale.json" "${linear[@]}"
     fi
-    local images=()
-    if [[ $seed == "${SEEDS%% *}" ]]; then images=(--save-images 4); fi # the panels of Figure 2
-    read -ra seg_eval_args <<<"${SEG_EVAL_ARGS:-}"
-    set -- "${launch[@]}" "$here/eval_linear.py" "$@" "${seg_eval_args[@]}"
-    stage "$run/eval_linear.json" "$@" "${images[@]}" --output "$run/eval_linear.json"
-    stage "$run/eval_linear_multiscale.json" "$@" --features multiscale --output "$run/eval_linear_multiscale.json"
 }
 
-for dataset in "$@"; do
-    case $dataset in voc2012 | ade20k | coco_stuff | shapes_seg) task=seg ;; *) task=cls ;; esac
+run_dataset() { # run_dataset DATASET: all methods, learning rates and seeds
+    local dataset=$1 task=cls data=() method name rates lr rate seed
+    if [[ -n ${DATA_ROOT:-} ]]; then data=(--data-root "$DATA_ROOT"); fi
+    case $dataset in shapes | shapes_seg) data=() ;; esac # these are drawn
+    case $dataset in voc2012 | ade20k | coco_stuff | shapes_seg) task=seg ;; esac
     if [[ $dataset == folder && -d ${DATA_ROOT:-${GRPO_RM_DATA:-datasets}}/masks ]]; then task=seg; fi
-    read -ra model_args <<<"${MODEL_ARGS:-} $([[ $task == cls ]] || echo "${SEG_MODEL_ARGS:-}")"
-    read -ra train_args <<<"${TRAIN_ARGS:-} $([[ $task == cls ]] || echo "${SEG_TRAIN_ARGS:-}")"
-    if [[ -n ${DATA_ROOT:-} ]]; then model_args+=(--data-root "$DATA_ROOT"); fi
-    start=()
-    if [[ -n ${WEIGHTS:-} ]]; then start=(--weights "$WEIGHTS"); fi
     for method in $METHODS; do
-        variants=() # a run directory's name and the flags that make it
-        for fraction in ${FRACTIONS:-1}; do
-            if [[ $fraction == 1 ]]; then variants+=("$method"); else
-                variants+=("${method}_fraction$fraction --train-fraction $fraction"); fi
-        done
-        if [[ $method == frozen ]]; then variants=(frozen); fi # nothing is trained
-        if [[ $method == grpo_rm && ${ABLATIONS:-0} != 0 ]]; then
-            variants+=("grpo_rm_none --uniformity none" "grpo_rm_eq5 --uniformity eq5"); fi
-        for variant in "${variants[@]}"; do
-            read -ra flags <<<"$variant"
+        rates=${LRS:-default}
+        if [[ $method == frozen ]]; then rates=default; fi # nothing is trained
+        for lr in $rates; do
+            name=$method rate=()
+            if [[ $lr != default ]]; then name=${method}_lr$lr rate=(--lr "$lr"); fi
             for seed in $SEEDS; do
-                run=$OUT/$dataset/${flags[0]}/seed$seed
-                common=(--dataset "$dataset" --seed "$seed" "${model_args[@]}")
-                if [[ $method == frozen ]]; then evaluate "$run" "${common[@]}" "${start[@]}"; continue; fi
-                stage "$run/backbone.pth" "${train_launch[@]}" "$here/train_$task.py" "${common[@]}" --method "$method" \
-                    --epochs "$EPOCHS" "${start[@]}" "${train_args[@]}" "${flags[@]:1}" --output-dir "$run" --resume
-                evaluate "$run" "${common[@]}" --weights "$run/backbone.pth"
+                run_seed "$OUT/$dataset/$name/seed$seed" || true # the other seeds can still succeed
             done
         done
     done
-done
-stage "" python -m tools.report "$OUT" --csv "$OUT/tables" --figures "$OUT/figures"
+}
+
+for dataset in "$@"; do run_dataset "$dataset"; done
+if (($# == 0)); then # the demo: small batches and their learning rates, so that a small network learns in few epochs
+    MODEL_ARGS="--limit-train 2000 ${MODEL_ARGS:-}" EPOCHS=${EPOCHS:-16} \
+        TRAIN_ARGS="--batch-size 64 --lr 1e-3 --eval-every 4 ${TRAIN_ARGS:-}" run_dataset shapes
+    if [[ -z ${WEIGHTS:-} && -n $first_trained ]]; then
+        WEIGHTS=$OUT/start.pth # a copy: with a run's config.json beside it, frozen features would count as that run's
+        stage "$WEIGHTS" cp "$first_trained" "$WEIGHTS"
+    fi
+    MODEL_ARGS="--limit-train 300 --limit-val 80 --map-size 56 ${MODEL_ARGS:-}" EPOCHS=${EPOCHS:-6} \
+        TRAIN_ARGS="--batch-size 16 --lr 1e-3 --eval-every 2 ${TRAIN_ARGS:-}" \
+        LINEAR_ARGS="--batch-size 32 --epochs 10 --lr 3e-3 ${LINEAR_ARGS:-}" run_dataset shapes_seg
+fi
+status=0 # in parentheses, because a stage can end the chain: where nothing succeeded there is nothing to report
+(stage "" python -m tools.report "$OUT" --csv "$OUT/tables" --figures "$OUT/figures") || status=$?
+if ((${#failed[@]})); then printf 'failed: %s\n' "${failed[@]}" >&2 && exit 1; fi
+exit "$status"
