@@ -47,9 +47,6 @@ def test_help_is_the_header():
     assert all(f" {name}  " in text for name in ("SEEDS", "METHODS", "EPOCHS", "LRS", "NPROC", "DATA_ROOT", "OUT"))
 
 
-# Dry runs
-
-
 def planned(directory, *datasets, **environment):
     """The commands of a dry run, without the directory of the scripts; it must leave nothing behind."""
     before = sorted(directory.rglob("*"))
