@@ -7,10 +7,10 @@ What differs from GRPO for language models:
 3. The old policy is a copy of the policy, refreshed at the start of every epoch.
 4. The ratio has a floor, which is ours: rho_i = p_i / (q_i + F/c). Eq. (1) as printed (F = 0) can blow up.
 
-With a floor, right after a refresh, every wrong class with q_i < (1 - eps)/eps F/c is clipped. Where all are, the gradient
-is A_k/c times that of -log(p_k + F/c): cross-entropy with each sample weighted by p_k / (p_k + F/c). Samples that the
-policy has wrong weigh little, wrong labels among them. From p_k = (1 + eps)(q_k + F/c) on a sample has no gradient until
-the next refresh.
+With a floor, right after a refresh, every wrong class with q_i < (1 - eps)/eps F/c is clipped. Where all are, the
+gradient is A_k/c times that of -log(p_k + F/c): cross-entropy with each sample weighted by p_k / (p_k + F/c). Samples
+that the policy has wrong weigh little, wrong labels among them. From p_k = (1 + eps)(q_k + F/c) on a sample has no
+gradient until the next refresh.
 
 Shapes: B images, N samples (images, or pixels of maps), G outputs in the group (= classes c), D features, M side of a
 map. p = softmax(logits) is the policy pi_theta, q = softmax(old_logits) the old policy pi_theta_old, k the target.

@@ -170,8 +170,11 @@ class Run:
     def announce(self):
         """The first lines of a run: what it does, and where it departs from the paper."""
         args, steps, floor = self.args, self.steps_per_epoch, f"{self.args.ratio_floor:g}"
-        self.say(f"{args.method} of {args.backbone} on {args.dataset}: {args.epochs} epochs of {steps} steps on "
-                 f"{self.world.size} x {args.device}, amp {args.amp}, lr {args.lr:g} to {args.lr_end:g}", sys.stdout)
+        self.say(
+            f"{args.method} of {args.backbone} on {args.dataset}: {args.epochs} epochs of {steps} steps on "
+            f"{self.world.size} x {args.device}, amp {args.amp}, lr {args.lr:g} to {args.lr_end:g}",
+            sys.stdout,
+        )
         if args.warmup_epochs:
             self.say(f"warm-up {args.warmup_epochs:g} epochs; as in the paper: --warmup-epochs 0", sys.stdout)
         if args.method == "grpo_rm" and args.ratio_floor:

@@ -108,10 +108,10 @@ def add_data_arguments(parser, names):
 def add_model_arguments(parser):
     """Backbone, device and precision."""
     add = parser.add_argument_group("model and machine").add_argument
-    add("--backbone", help="dinov2_vits14 (the paper's), b14, l14 or g14, each also with _reg; vit_tiny; one of --hub-repo")
-    add("--hub-repo", help="owner/repo[:ref], or a local directory of hub code, which has random weights without --weights")
+    add("--backbone", help="dinov2_vits14 (the paper's), dinov2_vitb14, ..., vit_tiny, or a model of --hub-repo")
+    add("--hub-repo", help="owner/repo[:ref], or a local directory with hub code; without --weights: random weights")
     add("--weights", help="file with the backbone's state dict; every name and shape must match")
-    add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of weights, batches and augmentation; the paper has 5")
+    add("--seed", type=whole(0, 2**32 - 1), default=0, help="of weights, batches and augmentation; the paper has 5")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto is cuda where there is one")
     add("--amp", choices=["auto", "bf16", "off"], default="auto", help="mixed precision; auto: bf16 on a GPU that can")
 
@@ -124,9 +124,9 @@ def add_training_arguments(parser, *, lr, batch_size):
     add("--uniformity", choices=["eq4", "eq5", "none"], default="eq4", help="uniformity reward; the paper's is eq4")
     add("--accuracy-weight", type=number(0), default=1.0, help="w_acc of Eq. (6); the paper's is 1")
     add("--uniformity-weight", type=number(0), default=1.0, help="w_uni of Eq. (6); the paper's is 1")
-    add("--ratio-floor", type=number(0), default=1.0, help="F in rho = p / (q + F/c); the paper's is 0, which can blow up")
+    add("--ratio-floor", type=number(0), default=1.0, help="F in rho = p / (q + F/c); the paper's 0 can blow up")
     add("--old-policy-every", type=whole(1), metavar="STEPS",
-        help="refresh the old policy every so many steps; default: every epoch, the paper's; few are dangerous")  # fmt: skip
+        help="steps from refresh to refresh of the old policy; default: an epoch, as in the paper; few are dangerous")  # fmt: skip
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=whole(1), default=100, help="the paper's is 100; GRPO-RM needs 30 or more")

@@ -46,7 +46,8 @@ def start_processes(device="auto"):
 @contextlib.contextmanager
 def in_turn(world, what):
     """Rank 0, then the first rank of every other node, then all others: what is missing is downloaded once, whether the
-    nodes share a file system or not. They wait in the store, which no collective's time limit touches. `what`: its key."""
+    nodes share a file system or not. They wait for the key `what` of the store, which no collective's time limit ends.
+    """
     first_node, this_node = f"{what} on node 0", f"{what} on node {os.environ.get('GROUP_RANK', '0')}"
     first_of_node = world.local_rank == 0
     if world.rank > 0:

@@ -151,7 +151,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path, capsys):
         error = stderr_of(capsys, train_cls.main, *flags, status=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert f"{tmp_path}/checkpoint.pt cannot be written ([Errno 27] File too large)" in error and not list(tmp_path.glob(".*"))
+    assert f"{tmp_path}/checkpoint.pt cannot be written ([Errno 27] File too large)" in error
+    assert not list(tmp_path.glob(".*"))  # nothing half-written
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     train_cls.main([*RUN, "--resume", "--output-dir", str(tmp_path)])
     assert_same_runs(whole, tmp_path)

@@ -6,12 +6,8 @@ import itertools
 import os
 import pty
 import re
-import shlex
-import subprocess
-import sys
 import termios
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
