@@ -382,7 +382,8 @@ def class_folders(root):
             images = [str(path) for path in paths if is_image(path)]
             if not images:
                 raise InputError(f"{folder} holds no image; add some or remove it")
-            samples[part] += [(image, classes["train"].index(name)) for image in images]
+            label = classes["train"].index(name)
+            samples[part] += [(image, label) for image in images]
             passed_over += [path for path in paths if not is_image(path)]
     warnings += about_passed_over(passed_over)
     unseen = [name for name in classes["train"] if name not in classes["val"]]
