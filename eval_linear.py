@@ -252,9 +252,8 @@ def main(argv=None):
     cli.resolve_model_arguments(args, world)
     segmentation = args.task == "segmentation"
     if not segmentation and (multiscale or args.map_size or args.save_images):
-        raise cli.InputError(
-            f"--features multiscale, --map-size, --save-images are for segmentation, not for {args.dataset}"
-        )
+        raise cli.InputError("--features multiscale, --map-size and --save-images are for segmentation, not for "
+                             f"{args.dataset}")  # fmt: skip
     args.map_size = args.map_size or 128
     if args.weights and layer_path(path).resolve() == Path(args.weights).resolve():
         raise cli.InputError(f"--output {path}: the layer would replace --weights {args.weights}; choose another name")

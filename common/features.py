@@ -42,7 +42,6 @@ def resolve_run(args, name):
     args.backbone = args.backbone or run.get("backbone")
     args.hub_repo = args.hub_repo or run.get("hub_repo")
     args.dataset = args.dataset or run.get("dataset", "shapes")
-
     same = args.dataset == run.get("dataset")
     if same and args.dataset not in ("shapes", "shapes_seg"):  # these are drawn and have no root
         args.data_root = args.data_root or run["data_root"]

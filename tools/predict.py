@@ -18,8 +18,8 @@ from PIL import Image
 
 from common import cli, distributed
 from common.checkpoint import make_directory
+from common.images import image_files, read_image
 from common.palette import palette_image
-from data import image_files, read_image
 from grpo_rm import SegmentationHead, load_policy
 
 
@@ -36,13 +36,10 @@ def find_images(paths):
     """The files among `paths`, and the images right in the directories. Raises InputError where there is none."""
     files = []
     for path in paths:
-        if path.is_dir():
-            found = [Path(file) for file in image_files(path)]
-        else:
-            found = [path] if path.is_file() else []
+        found = [path] if path.is_file() else image_files(path)
         if not found:
             raise cli.InputError(f"{path}: no image there; give image files, or directories with images right in them")
-        files += found
+        files += [Path(file) for file in found]
     return files
 
 
