@@ -1,7 +1,7 @@
 """Datasets: what each is, where its files are, how it is fetched, and what is refused.
 
-A set becomes two splits (train, val) of images with a class, or for segmentation with a mask; `Loader` makes batches of
-them (common/loader.py).
+A set becomes two splits (train, val) of images with a class, or for segmentation with a mask. common/loader.py makes
+batches of them.
 """
 
 import contextlib
@@ -25,10 +25,7 @@ from common.cli import InputError, first_line
 from common.demo import SHAPES, draw_scene, draw_shape
 from common.distributed import in_turn
 from common.images import count_suffixes, image_files, is_image, pair_up, read_image, read_labels, visible
-from common.loader import LINEAR, VOID, WRONG_LABELS, Loader, random_generator
-
-__all__ = ["LINEAR", "PROTOCOLS", "VOID", "Loader", "Split", "load_data", "load_splits", "random_generator",
-           "resolve_dataset", "resolve_sizes"]  # fmt: skip
+from common.loader import VOID, WRONG_LABELS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,18 +354,14 @@ def coco_stuff(root, download):
 def class_folders(root):
     """train/<class>/* and val/<class>/*; classes in sorted order."""
     classes, samples = {"train": [], "val": []}, {"train": [], "val": []}
-    passed_over, warnings = [], []
+    passed_over = []
     for part in classes:
         if not (root / part).is_dir():
             raise InputError(f"--data-root {root}: {part}/ is missing; needed are {{train,val}}/<class>/*, or for "
                              "segmentation images/{train,val}/*, masks/{train,val}/*.png")  # fmt: skip
         paths = visible(root / part)
         classes[part] = [path.name for path in paths if path.is_dir()]
-        loose = [path for path in paths if not path.is_dir()]
-        passed_over += [path for path in loose if not is_image(path)]
-        stray = [path for path in loose if is_image(path)]
-        if stray:
-            warnings.append(f"passed over: {len(stray)} images right in {root / part}, in no class folder")
+        passed_over += [path for path in paths if not path.is_dir()]  # images too
     if len(classes["train"]) < 2:
         raise InputError(f"{root / 'train'} has {len(classes['train'])} class folders; needed are two at least")
     if not classes["val"]:
@@ -385,7 +378,7 @@ def class_folders(root):
             label = classes["train"].index(name)
             samples[part] += [(image, label) for image in images]
             passed_over += [path for path in paths if not is_image(path)]
-    warnings += about_passed_over(passed_over)
+    warnings = about_passed_over(passed_over)
     unseen = [name for name in classes["train"] if name not in classes["val"]]
     if unseen:
         warnings.append(f"classes without validation images: {', '.join(unseen)}")
@@ -454,4 +447,6 @@ def mask_split(classes, pairs, table, hint="", warnings=()):
 def about_passed_over(paths):
     """A list of one warning, or of none where nothing was passed over."""
     counts = count_suffixes(paths)
-    return [f"passed over: {counts}; images are {' '.join(IMG_EXTENSIONS)}"] if counts else []
+    if not counts:
+        return []
+    return [f"passed over: {counts}; images are read from the lowest folders alone, as {' '.join(IMG_EXTENSIONS)}"]

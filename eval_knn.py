@@ -15,7 +15,8 @@ from common import cli, distributed
 from common.backbone import prepare_backbone
 from common.checkpoint import make_directory
 from common.features import add_evaluation_arguments, class_tokens, percent, resolve_run, write_result
-from data import PROTOCOLS, Loader, load_data, resolve_dataset
+from common.loader import Loader
+from data import PROTOCOLS, load_data, resolve_dataset
 from grpo_rm import Encoder
 
 BLOCK = 2**26  # similarities held at once: 256 MiB

@@ -45,8 +45,9 @@ from common.features import (
     segmentation_scores,
     write_result,
 )
+from common.loader import LINEAR, Loader, random_generator
 from common.palette import palette_image
-from data import LINEAR, PROTOCOLS, Loader, load_data, random_generator, resolve_dataset
+from data import PROTOCOLS, load_data, resolve_dataset
 from grpo_rm import Encoder, learning_rate
 
 SCALES = [1.0, 1.32, 1.73]  # of "Multi Scale": the default of the segmentation notebook in DINOv2's repository

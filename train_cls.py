@@ -17,7 +17,8 @@ import torch
 
 from common import cli, distributed
 from common.backbone import prepare_backbone
-from data import PROTOCOLS, Loader, load_data, resolve_dataset
+from common.loader import Loader
+from data import PROTOCOLS, load_data, resolve_dataset
 from grpo_rm import ClassificationHead, Policy, train
 
 PAPER_LR = 1e-3  # for a batch of 256

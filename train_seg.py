@@ -22,7 +22,8 @@ import torch
 from common import cli, distributed
 from common.backbone import prepare_backbone
 from common.features import confusion_matrix, segmentation_scores
-from data import PROTOCOLS, Loader, load_data, resolve_dataset
+from common.loader import Loader
+from data import PROTOCOLS, load_data, resolve_dataset
 from grpo_rm import Policy, SegmentationHead, train
 
 PAPER_LR = 1e-5  # for a batch of 256

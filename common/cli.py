@@ -126,7 +126,7 @@ def add_training_arguments(parser, *, lr, batch_size):
     add("--uniformity-weight", type=number(0), default=1.0, help="w_uni of Eq. (6); the paper's is 1")
     add("--ratio-floor", type=number(0), default=1.0, help="F in rho = p / (q + F/c); the paper's 0 can blow up")
     add("--old-policy-every", type=whole(1), metavar="STEPS",
-        help="steps from refresh to refresh of the old policy; default: an epoch, as in the paper; few are dangerous")  # fmt: skip
+        help="steps between refreshes of the old policy; default: the paper's epoch; few are dangerous")  # fmt: skip
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=whole(1), default=100, help="the paper's is 100; GRPO-RM needs 30 or more")

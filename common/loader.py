@@ -23,7 +23,6 @@ from common.distributed import all_reduce, progress
 from common.transforms import flip_pairs, pad_crop_flip, random_crop, resize_mask, square, stretch, to_input
 
 VOID = 255  # in masks: a pixel that takes no part
-IGNORE = -100  # in batches: a pixel or sample that takes no part, as PyTorch's losses have it
 RESIDENT_BYTES = 4 * 2**30
 ORDER, AUGMENT, CROP, LINEAR, WRONG_LABELS = range(5)  # what a stream of random numbers is for
 
@@ -38,8 +37,8 @@ class Loader:
     lists of samples.
 
     Images are (B, 3, image_size, image_size) float32; for segmentation there may be several, one for each of `sides`.
-    Targets are (B,) int64, or masks (B, M, M) int64 with M = args.map_size and IGNORE for void; with `native`
-    a list of masks (H, W) uint8 as their files have them.
+    Targets are (B,) int64, or masks (B, M, M) int64 with M = args.map_size and -100 for void, as PyTorch's losses
+    have it; with `native` a list of masks (H, W) uint8 as their files have them.
     """
 
     def __init__(self, split, args, world, *, augment=False, sides=None, native=False):
@@ -65,7 +64,7 @@ class Loader:
         """This process's (images, targets) of each global batch of `epoch`, from number `start` on.
 
         Global batch number s holds samples s*m to (s+1)*m of a permutation drawn from (seed, epoch); the last one may
-        be smaller. A rank for which nothing is left gets an image whose target is IGNORE: all take the same steps.
+        be smaller. A rank for which nothing is left gets an image whose target is -100: all take the same steps.
         """
         seed = self.args.seed
         order = torch.randperm(len(self.split), generator=random_generator(ORDER, seed, epoch))
@@ -77,7 +76,7 @@ class Loader:
                 shifts, flips = self.draw_augmentation(epoch, step, len(batch))
                 images, targets = self.augmented(images, targets, self.own_part(shifts), self.own_part(flips))
             if self.world.rank >= len(batch):
-                targets = torch.full_like(targets, IGNORE)
+                targets = torch.full_like(targets, -100)
             yield to_input(images, self.args.image_size), targets
 
     def own_part(self, batch):
@@ -117,7 +116,7 @@ class Loader:
         """As `fetch`, but images are (B, S, S, 3) uint8, as decoded; `key` is for what is drawn at random there."""
         for *images, targets in self.decoded(batches, key):
             if self.split.masks and not self.native:
-                targets = targets.long().masked_fill_(targets == VOID, IGNORE)
+                targets = targets.long().masked_fill_(targets == VOID, -100)
             yield *images, targets
 
     def decoded(self, batches, key):

@@ -24,8 +24,9 @@ from common import backbone
 from common.backbone import load_backbone
 from common.demo import SHAPES
 from common.features import PatchTokens, class_tokens
+from common.loader import VOID, Loader
 from common.palette import palette
-from data import VOID, Loader, load_splits
+from data import load_splits
 from eval_knn import knn_predict
 from eval_linear import confusion_matrix, fit_softmax_regression, predict, segmentation_scores
 from grpo_rm import Encoder

@@ -18,6 +18,7 @@ import train_cls
 import train_seg
 from common import cli, distributed
 from common.distributed import Meter
+from common.loader import Loader
 from grpo_rm import ClassificationHead, Policy, SegmentationHead, grpo_rm_loss, training_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -70,7 +71,7 @@ def make_step(task, amp, compiled):
     for network in (policy, old_policy) if args.compile else ():
         network.encoder.compile(dynamic=False)
     rest = (policy.encoder, grpo_rm.make_loss(args), grpo_rm.make_optimizer(policy, args))
-    meter, loader = Meter(), data.Loader(split, args, WORLD, augment=True)
+    meter, loader = Meter(), Loader(split, args, WORLD, augment=True)
 
     def step(epoch):
         images, targets = next(loader.epoch(epoch))

@@ -10,7 +10,7 @@ from PIL import Image
 from test_data import ORIENTATION, SEGMENTATION, arguments, equal, noise, splits
 
 from common import distributed, transforms
-from common.loader import IGNORE, VOID, Loader
+from common.loader import VOID, Loader
 from data import Split
 
 
@@ -22,7 +22,7 @@ def joined(loader, size, epoch, start):
         ranks.append(list(loader.epoch(epoch, start)))
     for parts in zip(*ranks, strict=True):
         images, targets = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        valid = (targets != IGNORE).flatten(1).any(1) if loader.split.masks else targets != IGNORE
+        valid = (targets != -100).flatten(1).any(1) if loader.split.masks else targets != -100
         assert len(images) == max(size, valid.sum())
         batches.append((images[valid], targets[valid]))
     return batches
@@ -44,7 +44,7 @@ def test_global_batches_depend_on_the_seed_alone(name, augment, monkeypatch):
     assert [len(targets) for _, targets in expected] == [11, 11, 11, 2]
     assert len({image.numpy().tobytes() for images, _ in expected for image in images}) == 35
     labels = set(torch.cat([targets.flatten() for _, targets in expected]).tolist())
-    assert labels == ({IGNORE, *range(11)} if split.masks else set(range(10)))
+    assert labels == ({-100, *range(11)} if split.masks else set(range(10)))
     assert equal(batches(augment=False), expected) != augment
     assert not any(torch.equal(other[0][1], expected[0][1]) for other in (batches(epoch=3), batches(seed=2)))
     for resident in (2**30, 0):

@@ -12,7 +12,7 @@ from conftest import TINY, stderr_of
 from PIL import Image
 
 import train_cls
-from eval_linear import palette
+from common.palette import palette
 from tools import report
 
 SEGMENTATION = {"map_size": 128, "background_penalty": 0.5}

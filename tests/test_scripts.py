@@ -53,8 +53,8 @@ def test_the_progress_bar_counts_the_steps_of_the_whole_run(tmp_path):
 
 
 @pytest.mark.parametrize(("method", "begins"), [
-    ("grpo_rm", "epoch 100/100  acc 98.8 %  11829 img/s"),  # its loss and ratio say little: they are in the log
-    ("finetune", "epoch 100/100  loss 0.1235  acc 98.8 %  11829 img/s"),
+    ("grpo_rm", "epoch 100/100  acc 98.8 %"),  # its loss and ratio say little: they are in the log
+    ("finetune", "epoch 100/100  loss 0.1235  acc 98.8 %"),
 ])  # fmt: skip
 def test_epoch_lines_fit_100_columns(method, begins, tmp_path, capsys):
     args = train_seg.parse_args(["--device", "cpu", "--method", method, "--output-dir", str(tmp_path)])
@@ -69,7 +69,8 @@ def test_epoch_lines_fit_100_columns(method, begins, tmp_path, capsys):
     capsys.readouterr()
     run.log_epoch(46300, 1e-7, {"val_pixel_acc": 93.98, "val_miou": 70.44})
     (line,) = capsys.readouterr().out.splitlines()
-    assert line == f"{begins}  val pixel_acc 94.0  val miou 70.4" and len(line) <= 100
+    rate = re.search(r"  \d+ img/s", line)[0]
+    assert line == f"{begins}{rate}  val pixel_acc 94.0  val miou 70.4" and len(line) <= 100
 
 
 @pytest.mark.parametrize(("module", "flags", "message"), [
@@ -104,7 +105,7 @@ def test_epoch_lines_fit_100_columns(method, begins, tmp_path, capsys):
     (eval_linear, "--lr 1e-6 --lr-end 1e-5", "--lr-end 1e-05 is above --lr 1e-06"),
     *((module, flags, message) for module in (eval_linear, eval_knn) for flags, message in (
         ("--weights {tmp}/other.pth", "/other.pth does not fit (Error(s) in loading state_dict for VitTiny: "),
-        ("--weights {tmp}/text.pth", "weights file {tmp}/text.pth cannot be loaded"),
+        ("--weights {tmp}/text.pth", "{tmp}/text.pth cannot be loaded"),
         ("--image-size 43", "--image-size 43 is no multiple of patch size 14"),
         ("--output {tmp}/text.pth/result.json", "--output: {tmp}/text.pth cannot be written"),
     )),

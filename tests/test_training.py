@@ -17,6 +17,7 @@ import train_cls
 import train_seg
 from common import cli, demo
 from common.distributed import Meter
+from common.loader import VOID, Loader
 from grpo_rm import ClassificationHead, Policy, SegmentationHead, learning_rate, load_backbone, training_step
 
 TRAIN = [*TINY, "--batch-size", "40", "--lr", "1e-3", "--epochs", "2", "--log-every", "1"]  # 3 steps an epoch
@@ -46,7 +47,7 @@ def parse(script, *flags):
 # Processes and accumulation, in float64: beyond float32's rounding
 
 
-class DoubleLoader(data.Loader):
+class DoubleLoader(Loader):
     def epoch(self, epoch, start=0):
         for images, targets in super().epoch(epoch, start):
             yield images.double(), targets
@@ -382,7 +383,7 @@ def test_an_image_of_nothing_but_void_is_no_nan(method, tmp_path, monkeypatch):
 
     def read(i):
         image, mask = train.read(i)
-        return image, mask if i else torch.full(mask.shape, data.VOID, dtype=torch.uint8).numpy()
+        return image, mask if i else torch.full(mask.shape, VOID, dtype=torch.uint8).numpy()
 
     split = data.Split(train.classes, 4, read, True)
     monkeypatch.setattr(train_seg, "load_data", lambda args, world: (split, val.subset(range(2))))

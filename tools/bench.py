@@ -23,7 +23,8 @@ from common import cli
 from common.backbone import load_backbone
 from common.checkpoint import environment, make_directory, write_json
 from common.distributed import Meter, start_processes
-from data import PROTOCOLS, Loader, Split
+from common.loader import Loader
+from data import PROTOCOLS, Split, resolve_dataset
 from grpo_rm import ClassificationHead, Policy, SegmentationHead, grpo_rm_loss, make_loss, make_optimizer, training_step
 
 LOSS_SHAPES = [(131072, 21), (65536, 171), (1024, 1000)]  # (N, G): pixels of VOC and of COCO-stuff, a batch of ImageNet
@@ -166,9 +167,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     make_directory(Path(args.output or ".").parent, "--output")
     world = start_processes(args.device)
-    args.dataset, args.image_size = "tiny_imagenet", None
+    args.dataset = "tiny_imagenet"
     args.backbone = args.backbone or ("dinov2_vits14" if world.device.type == "cuda" else "vit_tiny")
-    cli.resolve_model_arguments(args, world, PROTOCOLS["classification"]["tiny_imagenet"])
+    cli.resolve_model_arguments(args, world)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     torch.set_float32_matmul_precision("high")  # as in training
     torch._dynamo.config.suppress_errors = True  # without a compiler: eager, with a warning
@@ -188,7 +189,7 @@ def main(argv=None):
     print("## Loader: crop, flip and resize of images of Tiny-ImageNet's size, decoded before\n")
     picture, count = Image.effect_noise((64, 64), 50).convert("RGB"), 64 if args.quick else 4096
     options = train_cls.parse_args(["--dataset", "tiny_imagenet", "--batch-size", "64", "--image-size", "70"])
-    options.task = "classification"
+    resolve_dataset(options, "classification")
     loader = Loader(Split(["noise"], count, lambda i: (picture, 0)), options, world, augment=True)
     seconds = take_turns({"epoch": lambda: list(loader.epoch(0))}, args.repeats, world.device)["epoch"]
     table([rates := {"images/s": spread(count / seconds)}])
