@@ -9,38 +9,50 @@ import statistics
 import numpy as np
 import pytest
 from conftest import TINY, stderr_of
-from PIL import Image
 
 import train_cls
-from common.palette import palette
-from tools import report
+from common.palette import palette, palette_image
+from tools import figures, report
 
-SEGMENTATION = {"map_size": 128, "background_penalty": 0.5}
+CONFIG = {"lr": 1e-3, "lr_end": 1e-5, "epochs": 3, "ratio_floor": 0.1, "classes": ["a", "b"], "uniformity": "eq4"}
+CONFIG |= {"world_size": 1, "device_name": "H200", "grad_accum": 1, "compile": False}
+EPOCH = {"event": "epoch", "loss": 1.0, "accuracy": 0.5, "seconds": 1.0, "peak_memory_gb": None}
 
 
-def fake_run(root, dataset, method, seed, sr=None, knn=None, *, epochs=(), name=None, result=None, **config):
-    """A run's directory: config, log (not of frozen features), results. sr, knn: top-1, or (pixel accuracy, IoU, mIoU)
-    of linear and multi-scale features; epochs: the values of the log's lines; result: more keys of the results."""
+def fake_run(root, dataset, method, seed, linear=None, other=None, *, name=None, epochs=({},) * 3, **config):
+    """A run's directory as the scripts leave it. linear, other: top-1 of softmax regression and k-NN, or (pixel
+    accuracy, IoU, mIoU) of linear and multi-scale features. epochs: values of the log's lines."""
     directory = root / dataset / (name or method) / f"seed{seed}"
     directory.mkdir(parents=True, exist_ok=True)
-    masks = isinstance(sr or knn, tuple) or "map_size" in config
-    base = {"dataset": dataset, "task": "segmentation" if masks else "classification", "method": method, "seed": seed}
+    task = "segmentation" if isinstance(linear, tuple) else "classification"
+    base = {"dataset": dataset, "data_root": "data", "task": task, "method": method, "seed": seed, "weights": None}
+    base |= {key: config[key] for key in ("data_root", "task") if key in config}
+    result = base | {"per_class_iou": {"background": 1.0, "a": seed, "b": None, "c": 2.0}, "confusion": [[seed]]}
+    result |= config.pop("result", {})
     if method != "frozen":
-        settings = {"lr": 1e-3, "epochs": 3, "ratio_floor": 0.1, "classes": ["a", "b"], "world_size": 1}
-        (directory / "config.json").write_text(json.dumps(base | settings | {"device_name": "H200"} | config))
-        lines = [json.dumps({"event": "epoch", "epoch": i} | values) + "\n" for i, values in enumerate(epochs)]
-        (directory / "log.jsonl").write_text("".join(lines))
-    base |= {"weights": None if method == "frozen" else str(directory / "backbone.pth"), "per_class_iou": {"a": seed}}
-    for file, scores in (("eval_linear", sr), ("eval_linear_multiscale" if masks else "eval_knn", knn)):
-        if scores is not None:
-            found = dict(zip(("pixel_acc", "iou", "miou"), scores, strict=True)) if masks else {"top1": scores}
-            (directory / f"{file}.json").write_text(json.dumps(base | found | (result or {})))
+        (directory / "config.json").write_text(json.dumps(base | CONFIG | config))
+        events = [EPOCH | {"epoch": i} | values for i, values in enumerate(epochs)]
+        (directory / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+        result["weights"] = str(directory / "backbone.pth")
+    second = "eval_linear_multiscale" if task == "segmentation" else "eval_knn"
+    for file, scores in (("eval_linear", linear), (second, other)):
+        if isinstance(scores, tuple):
+            scores = dict(zip(("pixel_acc", "iou", "miou"), scores, strict=True))
+        elif scores is not None:
+            scores = {"top1": scores}
+        if scores:
+            (directory / f"{file}.json").write_text(json.dumps(result | scores))
     return directory
 
 
 def tables(root):
-    """{"Table 3": its rows, lists of cells}."""
-    return {table.title.split(":")[0]: table.rows for table in report.make_tables(report.load_groups(root))}
+    """{"Table 3": its rows as lists of cells}."""
+    found = report.make_tables(report.load_groups(root))
+    return {title.split(":")[0]: [list(row.values()) for row in rows] for title, rows in found.items()}
+
+
+def methods(root, table="Table 3"):
+    return [" ".join(row[1:3]) for row in tables(root)[table]]
 
 
 def mean_and_deviation(values):
@@ -51,38 +63,48 @@ def paired_t(ours, theirs):
     """t and its two-sided p for three pairs, by the closed form of Student's distribution with 2 degrees of freedom."""
     d = [a - b for a, b in zip(ours, theirs, strict=True)]
     t = statistics.mean(d) / statistics.stdev(d) * math.sqrt(3)
-    return f"{t:.2f}", f"{1 - abs(t) / math.sqrt(2 + t * t):.4f}"
+    return [f"{t:.2f}", f"{1 - abs(t) / math.sqrt(2 + t * t):.4f}"]
 
 
 @pytest.fixture
 def draw(tmp_path, monkeypatch):
     """Draws the figures of the runs below tmp_path: {name: figure}, as it was written."""
 
-    def save(figure, title, path, handles, save=report.save_figure):
-        save(figure, title, path, handles)
-        found[path.stem] = figure if path.exists() else None
+    def save(figure, title, legend, columns, path, save=figures.save):
+        save(figure, title, legend, columns, path)
+        assert path.with_name(f"{path.name}.png").exists() and path.with_name(f"{path.name}.pdf").exists()
+        found[path.name] = figure
+
+    def call():
+        report.main([str(tmp_path), "--figures", str(tmp_path / "figures")])
+        return found
 
     found = {}
-    monkeypatch.setattr(report, "save_figure", save)
-    return lambda: report.draw_figures(report.load_groups(tmp_path), tmp_path) or found
+    monkeypatch.setattr(figures, "save", save)
+    return call
 
 
 def test_the_papers_numbers_agree_with_its_text():
-    """Its averages over datasets, and IoU = acc / (2 - acc) of the frozen features, hold for what is typed here."""
+    """Its averages over datasets, and IoU = acc / (2 - acc) of the frozen features, hold for what is typed there."""
 
-    def mean(column, other, function):
-        rows = [rows for key, rows in report.PAPER.items() if key.endswith(column) and other in rows]
-        return pytest.approx(statistics.mean(function(row["grpo_rm"][0], row[other][0]) for row in rows), abs=0.01)
+    def mean(dataset, column, row):
+        return float(report.PAPER[dataset, column][row].split(" ± ")[0])
 
-    assert mean(" SR", "finetune", operator.sub) == 3.754
-    assert mean(" k-NN", "finetune", operator.sub) == 3.29
-    assert mean(" score", "grpo_rm none", operator.sub) == 3.88
-    assert mean(" seconds", "grpo_rm none", operator.truediv) == 1.0616
-    for key in [key for key in report.PAPER if key.endswith("pixel-acc")]:
-        accuracy, iou = (report.PAPER[key.replace("pixel-acc", name)]["frozen"][0] for name in ("pixel-acc", "IoU"))
-        assert 100 * accuracy / (200 - accuracy) == pytest.approx(iou, abs=0.02)
-    assert report.PAPER["voc2012 GB"] == {"finetune": (217.72,), "grpo_rm": (220.66,)}
-    assert report.PAPER["voc2012 multiscale mIoU"]["finetune 10%"] == (70.98, 0.04)
+    def average(column, other, function):
+        datasets = [dataset for (dataset, c), line in report.PAPER.items() if c == column and line[other]]
+        values = [function(mean(name, column, "GRPO-RM"), mean(name, column, other)) for name in datasets]
+        return pytest.approx(statistics.mean(values), abs=0.01)
+
+    assert average("SR", "Fine-tuning", operator.sub) == 3.754
+    assert average("k-NN", "Fine-tuning", operator.sub) == 3.29
+    assert average("score", "GRPO-RM, no uniformity reward", operator.sub) == 3.88
+    assert average("seconds", "GRPO-RM, no uniformity reward", operator.truediv) == 1.0616
+    for dataset in ("voc2012", "ade20k", "coco_stuff"):
+        for features in ("linear", "multiscale"):
+            accuracy, iou = (mean(dataset, f"{features} {column}", "frozen") for column in ("pixel-acc", "IoU"))
+            assert 100 * accuracy / (200 - accuracy) == pytest.approx(iou, abs=0.02)
+    assert report.PAPER["voc2012", "GB"]["GRPO-RM"] == "220.66"
+    assert report.PAPER["voc2012", "multiscale mIoU"]["Fine-tuning (10%)"] == "70.98 ± 0.04"
 
 
 def test_means_deviations_and_p_values(tmp_path):
@@ -92,52 +114,74 @@ def test_means_deviations_and_p_values(tmp_path):
         for seed, pair in enumerate(zip(scores["SR"], scores["k-NN"], strict=True)):
             fake_run(tmp_path, "tiny_imagenet", method, seed, *pair)
             fake_run(tmp_path, "cifar10", method, seed, 60.1 + seed + (method == "grpo_rm"))
+            if seed < 2:  # too few for a test
+                fake_run(tmp_path, "shapes", method, seed, 60.0 + seed)
     fake_run(tmp_path, "tiny_imagenet", "finetune", 7, 10.0)  # no GRPO-RM has this seed
     found = tables(tmp_path)
-    baseline, row = found["Table 3"][4:]
+    baseline, row = found["Table 3"][2:4]
     assert row[2:6] == ["0, 1, 2", mean_and_deviation(ours["SR"]), "65.96 ± 0.40", "+0.33"]
     assert baseline[3] == mean_and_deviation([*theirs["SR"], 10.0])
     assert baseline[6] == f"{mean_and_deviation(theirs['k-NN'])} (n = 3)"  # seed 7 has not been evaluated
-    constant, *tests = (row[2:] for row in found["Table 3 tests"])
-    assert constant == ["SR", "3", "1.00 ± 0.00", "+1.23", "-", "-"]  # there is no test without variation
-    for test, (column, paper) in zip(tests, (("SR", "+7.29"), ("k-NN", "+7.77")), strict=True):
+    constant, *tests = (row[1:] for row in found["Table 3 tests"])
+    assert constant == ["GRPO-RM - Fine-tuning", "SR", "0, 1, 2", "1.00 ± 0.00"]  # no test without variation
+    for test, column in zip(tests, ("SR", "k-NN"), strict=True):
         gains = mean_and_deviation([a - b for a, b in zip(ours[column], theirs[column], strict=True)])
-        assert test == [column, "3", gains, paper, *paired_t(ours[column], theirs[column])]
+        assert test[1:] == [column, "0, 1, 2", gains, *paired_t(ours[column], theirs[column])]
 
 
-def test_missing_runs_are_dashes(tmp_path):
-    run = fake_run(tmp_path / "own", "shapes", "finetune", 0, 90.0, 91.0)
-    own = [["shapes", "Fine-tuning", "0", "90.00", "91.00"]]  # not in the paper: its columns are left out
-    assert tables(run) == tables(tmp_path / "own") == {"Table 3": own}
+def test_one_run_is_no_mean_and_what_was_not_run_is_not_shown(tmp_path):
+    fake_run(tmp_path / "own", "shapes", "finetune", 0, 90.0, 91.0)
+    own = [["shapes", "Fine-tuning", "0", "90.00 (n = 1)", "91.00 (n = 1)"]]  # the paper has no such row
+    assert tables(tmp_path / "own")["Table 3"] == own
     fake_run(tmp_path, "tiny_imagenet", "grpo_rm", 0, 60.0)
-    assert [" ".join(row) for row in tables(tmp_path)["Table 3"]] == [
-        "Tiny-ImageNet frozen - - 29.24 - - 21.10 -",
-        "Tiny-ImageNet Fine-tuning - - 58.67 ± 0.61 - - 58.59 ± 1.25 -",
-        "Tiny-ImageNet GRPO-RM 0 60.00 65.96 ± 0.40 -5.96 - 66.36 ± 0.32 -",
-        "shapes Fine-tuning 0 90.00 - - 91.00 - -",
+    fake_run(tmp_path, "voc2012", "grpo_rm", 0, None, task="segmentation")  # not evaluated
+    found = tables(tmp_path)
+    assert found.keys() == {"Table 3", "Table 5"}
+    assert found["Table 3"] == [["Tiny-ImageNet", "GRPO-RM", "0", "60.00 (n = 1)", "65.96 ± 0.40", "-5.96"], *own]
+
+
+def test_settings_are_never_mixed_and_name_their_rows(tmp_path):
+    for seed, lr in ((0, 2e-3), (1, 2e-3), (0, 5e-4)):
+        more = {"name": f"grpo_rm_lr{lr}", "lr": lr, "lr_end": lr / 100}
+        fake_run(tmp_path, "shapes", "grpo_rm", seed, 50.0, ratio_floor=3.0, **more)
+    assert methods(tmp_path) == ["GRPO-RM, lr 0.0005 0", "GRPO-RM, lr 0.002 0, 1"]
+    fake_run(tmp_path, "shapes", "grpo_rm", 2, 50.0, name="floor", ratio_floor=1.0, lr=2e-3, lr_end=2e-5)
+    names = ["lr 0.0005, ratio_floor 3 0", "lr 0.002, ratio_floor 1 2", "lr 0.002, ratio_floor 3 0, 1"]
+    assert methods(tmp_path) == [f"GRPO-RM, {name}" for name in names]
+    fake_run(tmp_path, "shapes", "grpo_rm", 0, 50.0, name="hidden", ratio_floor=1.0, lr=2e-3, hidden_dim=8)
+    fake_run(tmp_path, "shapes", "grpo_rm", 0, 50.0, name="wide", ratio_floor=1.0, lr=2e-3, hidden_dim=9)  # 3 differ
+    places = ["floor 2", "grpo_rm_lr0.0005 0", "grpo_rm_lr0.002 0, 1", "hidden 0", "wide 0"]
+    assert methods(tmp_path) == [f"GRPO-RM, in shapes/{place}" for place in places]
+    for seed, classes in ((4, ["b", "a"]), (5, ["b", "c"])):  # in one directory
+        fake_run(tmp_path, "shapes", "finetune", seed, 50.0, classes=classes)
+    assert methods(tmp_path)[:2] == [f"Fine-tuning, in shapes/finetune/seed{seed} {seed}" for seed in (4, 5)]
+
+
+def test_label_noise_is_named_and_compared_at_equal_noise(tmp_path, capsys):
+    for seed, method in [(seed, method) for seed in range(3) for method in ("finetune", "grpo_rm")]:
+        fake_run(tmp_path, "cats", method, seed, 50.0 + seed**2 * (method == "finetune"), label_noise=0.4)
+    fake_run(tmp_path, "cats", "frozen", 0, 40.0)
+    report.main([str(tmp_path)])
+    assert "cats: label_noise 0.4, epochs 3, lr 0.001, ratio_floor 0.1." in capsys.readouterr().out.splitlines()
+    for seed in range(3):  # older runs do not have the key
+        fake_run(tmp_path, "cats", "finetune", seed, 60.0, name="clean")
+    names = [
+        "frozen 0",
+        "Fine-tuning, label_noise 0 0, 1, 2",
+        "Fine-tuning, label_noise 0.4 0, 1, 2",
+        "GRPO-RM 0, 1, 2",
     ]
-
-
-def test_settings_are_never_mixed(tmp_path):
-    for seed, name, config in (  # of "classes" there are two settings in one directory
-        (0, "grpo_rm", {}), (1, "lr4", {"lr": 4e-3}), (2, "lr4", {"lr": 4e-3}), (0, "floor", {"ratio_floor": 0}),
-        (0, "again", {}), (4, "classes", {"classes": ["b", "a"]}), (5, "classes", {"classes": ["b", "c"]}),
-    ):  # fmt: skip
-        fake_run(tmp_path, "shapes", "grpo_rm", seed, 50.0 + seed, name=name, **config)
-        fake_run(tmp_path, "shapes", "finetune", seed, 40.0)
-    found, start = tables(tmp_path), "GRPO-RM, in shapes/"
-    rows = ["Fine-tuning 0, 1, 2, 4, 5", "again 0", "classes/seed4 4", "classes/seed5 5", "floor 0", "grpo_rm 0"]
-    assert [" ".join(row[1:3]).removeprefix(start) for row in found["Table 3"]] == [*rows, "lr4 1, 2"]
-    compared = [row[1].removeprefix(start) for row in found["Table 3 tests"]]
-    assert compared == ["again", "floor", "grpo_rm"]  # with fine-tuning, whatever the objective, but at the same lr
+    assert methods(tmp_path) == names
+    (test,) = tables(tmp_path)["Table 3 tests"]
+    assert test[1] == "GRPO-RM - Fine-tuning, label_noise 0.4"
 
 
 @pytest.mark.parametrize(("dataset", "method", "one", "other", "mixed"), [
     ("shapes", "grpo_rm", {"hub_repo": "a"}, {"hub_repo": "b"}, False),  # the weights come with it
-    ("shapes", "grpo_rm", {"hub_repo": "a", "weights": "x"}, {"hub_repo": "b", "weights": "x"}, True),
-    ("folder", "grpo_rm", {"data_root": "cats"}, {"data_root": "dogs"}, False),
+    ("folder", "grpo_rm", {"data_root": "a/cats"}, {"data_root": "b/cats"}, False),
     ("shapes", "grpo_rm", {"data_root": "cats"}, {"data_root": "dogs"}, True),
     ("shapes", "grpo_rm", {"max_steps": 10}, {"max_steps": None}, False),
+    ("shapes", "grpo_rm", {"crop_size": 64}, {"crop_size": 72}, False),
     ("shapes", "finetune", {"ratio_floor": 0}, {"ratio_floor": 1}, True),
     ("shapes", "grpo_rm", {"result": {"epochs": 50}}, {"result": {"epochs": 10}}, False),  # of the linear layer
     ("shapes", "grpo_rm", {"world_size": 1, "git_commit": "a"}, {"world_size": 8, "git_commit": "b"}, True),
@@ -146,163 +190,160 @@ def test_settings_are_never_mixed(tmp_path):
 def test_what_is_a_setting(dataset, method, one, other, mixed, tmp_path):
     fake_run(tmp_path, dataset, method, 0, 50.0, **one)
     fake_run(tmp_path, dataset, method, 1, 60.0, **other)
-    assert [row[3] for row in tables(tmp_path)["Table 3"]] == (["55.00 ± 7.07"] if mixed else ["50.00", "60.00"])
+    scores = ["55.00 ± 7.07"] if mixed else ["50.00 (n = 1)", "60.00 (n = 1)"]
+    assert sorted(row[3] for row in tables(tmp_path)["Table 3"]) == scores
+
+
+def test_own_data_are_called_by_their_folder(tmp_path, capsys, draw):
+    epochs = [{"val_accuracy": 50.0, "val_miou": 40.0}] * 3
+    for folder in ("cats", "dogs", "cifar10"):  # the last one is not the paper's set
+        more = {"name": folder, "epochs": epochs, "data_root": f"/data/{folder}"}
+        fake_run(tmp_path, "folder", "grpo_rm", 0, 50.0, **more)
+    more["name"] = "masks"
+    fake_run(tmp_path, "folder", "grpo_rm", 0, (90.0, 80.0, 70.0), **more)
+    found = tables(tmp_path)
+    assert [row[0] for row in found["Table 3"]] == ["cats", "cifar10", "dogs"]
+    assert found["Table 3"][1] == ["cifar10", "GRPO-RM", "0", "50.00 (n = 1)"]
+    assert found["Table 2"] == [["cifar10", "GRPO-RM", "linear", "0", *(f"{n}.00 (n = 1)" for n in (90, 80, 70))]]
+    drawn = {name.removesuffix("_curves"): figure for name, figure in draw().items() if name.endswith("_curves")}
+    assert drawn.keys() == {"cats", "dogs", "cifar10", "cifar10_segmentation"}
+    assert drawn["dogs"].get_suptitle() == "dogs" and "dogs: epochs 3, lr 0.001" in capsys.readouterr().out
 
 
 def test_segmentation_and_ten_percent_rows(tmp_path):
     for dataset, seed in [(dataset, seed) for dataset in ("voc2012", "coco_stuff") for seed in range(3)]:
-        variants = ("grpo_rm", 1, 2), ("grpo_rm", 0.1, 1), ("finetune", 1, seed / 2), ("finetune", 0.1, 0)
-        for method, fraction, gain in variants:
+        for method, fraction, gain in [
+            ("grpo_rm", 1, 2),
+            ("grpo_rm", 0.1, 1),
+            ("finetune", 1, seed / 2),
+            ("finetune", 0.1, 0),
+        ]:
             linear = (90.0 + gain, 80.0 + gain, 70.0 + gain + seed)
             more = {"name": f"{method}_{fraction}", "train_fraction": fraction}
             fake_run(tmp_path, dataset, method, seed, linear, tuple(value + 1 for value in linear), **more)
-    fake_run(tmp_path, "voc2012", "frozen", 0, (89.0, 79.0, 69.0), (90.0, 80.0, 70.0))
+    fake_run(tmp_path, "voc2012", "frozen", 0, (89.0, 79.0, 69.0))
     found = tables(tmp_path)
-    assert found.keys() == {"Table 2", "Table 2 tests", "Table 4", "Table 4 tests"}
-    methods = ["frozen", "Fine-tuning (10%)", "Fine-tuning", "GRPO-RM (10%)", "GRPO-RM"]
-    rows = [[features, method] for features in ("linear", "multiscale") for method in methods]
-    assert [row[1:3] for row in found["Table 2"]] == [row[1:3] for row in found["Table 4"]] == rows
+    assert found.keys() == {"Table 2", "Table 2 tests", "Table 4", "Table 4 tests", "Table 5"}
+    rows = ["Fine-tuning (10%)", "Fine-tuning", "GRPO-RM (10%)", "GRPO-RM"]
+    rows = [[method, features] for features in ("linear", "multiscale") for method in rows]
+    assert [row[1:3] for row in found["Table 4"]] == rows
+    assert [row[1:3] for row in found["Table 2"]] == [["frozen", "linear"], *rows]
     cells = "0, 1, 2|91.00 ± 0.00|93.67 ± 0.02|-2.67|81.00 ± 0.00|88.57 ± 0.03|-7.57|72.00 ± 1.00|70.38 ± 0.08|+1.62"
     assert "|".join(found["Table 2"][3][3:]) == cells
-    assert found["Table 4"][5][-3:] == ["-", "31.75", "-"] and found["Table 4"][9][7] == "83.00 ± 0.00"
-    tenth, _, whole, _ = (row[1:] for row in found["Table 2 tests"] if "mIoU" in row[2])
-    assert tenth[:5] == ["GRPO-RM (10%)", "linear mIoU", "3", "1.00 ± 0.00", "+0.76"]
-    assert whole[4:] == ["+0.66", *paired_t([2, 2, 2], [0, 0.5, 1])]
+    tenth, whole = (row[1:] for row in found["Table 2 tests"] if row[2] == "linear mIoU")
+    assert tenth == ["GRPO-RM (10%) - Fine-tuning (10%)", "linear mIoU", "0, 1, 2", "1.00 ± 0.00"]
+    assert whole[0] == "GRPO-RM - Fine-tuning" and whole[4:] == paired_t([2, 2, 2], [0, 0.5, 1])
 
 
-def test_costs(tmp_path):
-    for method, seed, seconds, config in (  # what is compiled is not comparable, and one epoch is no measurement
-        ("grpo_rm", 0, [100, 2, 3, 10], {"world_size": 4}), ("grpo_rm", 1, [100, 5, 4, 6], {"world_size": 4}),
-        ("grpo_rm", 2, [100, 50, 50], {"compile": True}), ("finetune", 0, [9], {}),
+def test_costs_and_ablation(tmp_path):
+    for seed, seconds, config in (  # what is compiled is not comparable, and one epoch is no measurement
+        (0, [100, 2, 3, 10], {"world_size": 4}), (1, [100, 5, 4, 6], {"world_size": 4}),
+        (2, [100, 50, 50], {"compile": True}), (3, [9], {}),
     ):  # fmt: skip
         epochs = [{"seconds": s, "peak_memory_gb": 2.0 + i} for i, s in enumerate(seconds)]
-        fake_run(tmp_path, "tiny_imagenet", method, seed, 60.0, epochs=epochs, **config)
-    fake_run(tmp_path, "shapes", "finetune", 0, epochs=[{"seconds": s, "peak_memory_gb": None} for s in (9, 1)])
+        fake_run(tmp_path, "tiny_imagenet", "grpo_rm", seed, 60.0, epochs=epochs, **config)
+        fake_run(tmp_path, "cifar10", "grpo_rm", seed, 90.0)  # without ablation: not in Table 6
+    fake_run(tmp_path, "tiny_imagenet", "grpo_rm", 0, 61.0, name="eq5", uniformity="eq5")
+    fake_run(tmp_path, "tiny_imagenet", "grpo_rm", 0, 62.0, name="none", uniformity="none")
     found = tables(tmp_path)
-    assert [" ".join(row[1:]) for row in found["Table 5"]] == [
-        "Fine-tuning - - - 9.30 - - 13.26 -",
-        "GRPO-RM 1 x H200, --compile 2 50.00 10.37 +39.63 3.50 15.12 -11.62",
-        "GRPO-RM 4 x H200 0, 1 4.00 ± 1.41 10.37 -6.37 16.00 ± 0.00 15.12 +0.88",
-        "Fine-tuning 1 x H200 0 1.00 - - - - -",
+    assert [" ".join(row[2:]) for row in found["Table 5"] if row[0] == "Tiny-ImageNet"] == [
+        "4 x H200, grad_accum 1, compile False 0, 1 4.00 ± 1.41 10.37 -6.37 20.00 ± 0.00 15.12 +4.88",
+        "1 x H200, grad_accum 1, compile True 2 50.00 (n = 1) 10.37 +39.63 4.00 (n = 1) 15.12 -11.12",
     ]
-    assert found["Table 3"][2][:3] == ["Tiny-ImageNet", "GRPO-RM", "0, 1, 2"]  # scores do not depend on hardware
-
-
-def test_ablation(tmp_path):
-    for seed, more in ((seed, {"epochs": [{"seconds": 1.0}, {"seconds": 2.0}]}) for seed in range(2)):
-        for reward, sr in (("none", 60.0), ("eq5", 61.0), ("eq4", 62.0)):
-            more |= {"uniformity": reward, "world_size": 1 + seed * (reward == "eq5")}  # times on two kinds of hardware
-            fake_run(tmp_path, "tiny_imagenet", "grpo_rm", seed, sr + seed, name=reward, **more)
-        fake_run(tmp_path, "voc2012", "grpo_rm", seed, (90.0, 80.0, 70.0), **more | {"uniformity": "eq5"})
-        fake_run(tmp_path, "cifar10", "grpo_rm", seed, 90.0)  # without ablation: not in the table
-    found = tables(tmp_path)
-    assert [" ".join(row[i] for i in (0, 1, 4, 6, 9)) for row in found["Table 6"]] == [
-        "Tiny-ImageNet GRPO-RM 62.50 ± 0.71 -3.46 -8.37",
-        "Tiny-ImageNet GRPO-RM, no uniformity reward 60.50 ± 0.71 -1.66 -7.40",
-        "Tiny-ImageNet GRPO-RM, Eq. (5) 61.50 ± 0.71 +1.18 -",
-        "Pascal VOC 2012 GRPO-RM - - -",
-        "Pascal VOC 2012 GRPO-RM, no uniformity reward - - -",
-        "Pascal VOC 2012 GRPO-RM, Eq. (5) 90.00 ± 0.00 - -9418.00",
-    ]
-    assert found["Table 3"][5][:4] == ["Tiny-ImageNet", "GRPO-RM", "0, 1", "62.50 ± 0.71"]  # Eq. (4) alone
+    assert found["Table 3"][1][:3] == ["Tiny-ImageNet", "GRPO-RM", "0, 1, 2, 3"]  # scores do not depend on hardware
+    assert len(found["Table 3"]) == 2  # Eq. (4) alone
+    assert [row[1] for row in found["Table 6"]] == ["GRPO-RM"] * 3 + report.ABLATIONS
+    assert found["Table 6"][0][3:7] == ["0, 1", "60.00 ± 0.00", "65.96", "-5.96"]
+    assert found["Table 6"][4][4:] == ["61.00 (n = 1)", "60.32", "+0.68", "1.00 (n = 1)", "18.57", "-17.57"]
 
 
 def test_what_is_printed_and_stored(tmp_path, capsys):
-    for seed in range(2):
-        more = {"epochs": [{"seconds": 1.0}] * 2, "backbone": "vit_tiny", "limit_train": None}
-        fake_run(tmp_path, "cifar10", "grpo_rm", seed, 50.0 + seed, 40.0, **more)
-        fake_run(tmp_path, "cifar10", "grpo_rm", seed, 51.0, 40.0, name="none", uniformity="none")
+    for seed in range(3):
+        fake_run(tmp_path, "cifar10", "grpo_rm", seed, 50.0 + seed, 40.0, backbone="vit_tiny", limit_train=None)
         fake_run(tmp_path, "cifar10", "finetune", seed, 49.0, 41.0 + seed)
-        fake_run(tmp_path, "shapes_seg", "grpo_rm", seed, (90.0, 80.0, 70.0), **SEGMENTATION, lr=0.1 * (seed + 1))
-    going = fake_run(tmp_path, "cifar10", "grpo_rm", 2, epochs=[{"loss": 1.0}, {"loss": 0.5}])
+        fake_run(tmp_path, "shapes_seg", "grpo_rm", seed, (90.0, 80.0, 70.0), lr=0.1 * (seed + 1))
+    going = fake_run(tmp_path, "cifar10", "grpo_rm", 3, epochs=[{}] * 2)
     with open(going / "log.jsonl", "a") as file:
         file.write('{"event": "epoch", "epo')  # it is writing
     report.main([str(tmp_path), "--csv", str(tmp_path / "csv")])
     lines, stored = capsys.readouterr().out.splitlines(), []
     files = sorted((tmp_path / "csv").iterdir())
-    assert [file.stem for file in files] == ["table2", "table3", "table3_tests", "table5", "table6"]
+    assert [file.stem for file in files] == ["table2", "table3", "table3_tests", "table5"]
     for file in files:
         stored += csv.reader(file.read_text().splitlines())
     assert [line[2:-2].split(" | ") for line in lines if line.startswith("| ") and "---" not in line] == stored
     assert "CIFAR-10: backbone vit_tiny, epochs 3, lr 0.001, ratio_floor 0.1." in lines
     assert "shapes_seg: epochs 3, ratio_floor 0.1." in lines  # its runs do not share their learning rate
-    assert [line for line in lines if line.startswith("- ")] == [
-        "- cifar10/grpo_rm/seed2 is not finished: epoch 2 of 3, no eval_knn.json and no eval_linear.json",
-        *(f"- shapes_seg/grpo_rm/seed{i} is not finished: no eval_linear_multiscale.json" for i in range(2)),
-    ]
+    unfinished = "- cifar10/grpo_rm/seed3 is not finished: epoch 2 of 3, no eval_knn.json, no eval_linear.json"
+    assert [line for line in lines if line.startswith("- ")] == [unfinished]  # nobody asked for multi-scale features
 
 
 def test_bad_directories(tmp_path, capsys):
     for directory in (tmp_path / "nowhere", tmp_path):
         assert f"{directory}: no run there" in stderr_of(capsys, report.main, directory)
-    file = fake_run(tmp_path, "cifar10", "grpo_rm", 0, 50.0) / "config.json"
+    run = fake_run(tmp_path, "cifar10", "grpo_rm", 0, 50.0)
     for flag in ("--figures", "--csv"):
-        assert f"{flag}: {file} cannot be written" in stderr_of(capsys, report.main, tmp_path, flag, file)
-
-
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("eval_linear.json", '{"top1": 5', "eval_linear.json cannot be used"),
-    ("eval_linear.json", '{"dataset": "a", "task": "classification", "method": "b", "seed": 0}', "'top1'"),
-    ("eval_knn.json", '{"dataset": "a", "task": "classification", "method": "b", "seed": 0, "top1": 5}', "several"),
-    ("config.json", "[1]", "config.json cannot be used"),
-    ("log.jsonl", '{"event": "epoch", "ep\n{"event": "epoch", "epoch": 1}\n', "log.jsonl cannot be used"),
-])  # fmt: skip
-def test_damaged_files(name, content, message, tmp_path, capsys):
-    directory = fake_run(tmp_path, "cifar10", "grpo_rm", 0, 50.0)
-    (directory / name).write_text(content)
-    error = stderr_of(capsys, report.main, tmp_path)
-    assert message in error and str(directory) in error
+        message = f"{flag}: {run / 'config.json'} cannot be written"
+        assert message in stderr_of(capsys, report.main, tmp_path, flag, run / "config.json")
+    other = fake_run(tmp_path / "other", "cifar100", "grpo_rm", 0, 50.0)
+    (run / "eval_linear.json").write_text((other / "eval_linear.json").read_text())
+    assert f"{run} holds files of different runs" in stderr_of(capsys, report.main, tmp_path)
 
 
 def test_curves_of_a_real_run(tmp_path, draw):
     """The log has what figures and Table 5 look for, and the one validation is marked at a whole epoch."""
     train_cls.main([*TINY, "--batch-size", "50", "--epochs", "3", "--output-dir", str(tmp_path / "seed0")])
-    ((_, *names, seconds, memory),) = tables(tmp_path)["Table 5"]
-    assert names == ["GRPO-RM", "1 x cpu", "0"] and float(seconds) >= 0 and memory == "-"
-    (loss, validation), policy = (draw()[f"shapes_{name}"].axes for name in ("curves", "policy"))
-    assert (loss.get_title(), validation.get_title()) == ("loss of GRPO-RM", "validation accuracy (%)")
-    assert policy[-1].get_title() == "largest ratio p/(q + F/c) in the epoch"
-    for axis, epochs in ((loss, [1, 2, 3]), (validation, [3])):
-        assert list(axis.lines[-1].get_xdata()) == epochs
-        assert [tick for tick in axis.get_xticks() if 0.5 < tick < 3.5] == [1, 2, 3]
+    ((_, *names, seconds),) = tables(tmp_path)["Table 5"]
+    assert names == ["GRPO-RM", "1 x cpu, grad_accum 1, compile False", "0"] and seconds.endswith(" (n = 1)")
+    drawn = draw()
+    validation, training = drawn["shapes_curves"].axes
+    labels = [axis.get_ylabel() for axis in (validation, training, *drawn["shapes_policy"].axes)]
+    assert labels == [*("validation accuracy (%)", "training accuracy (%)"), *figures.PANELS["policy"]]
+    for axis, epochs in ((training, [1, 2, 3]), (validation, [3])):
+        assert list(axis.lines[-1].get_xdata()) == epochs and axis.get_xlabel() == "epoch"
+        assert all(tick == int(tick) for tick in axis.get_xticks())
 
 
-def test_curves_of_several_seeds(tmp_path, draw):
+def test_curves_of_several_seeds_and_settings(tmp_path, draw):
     for seed in range(2):
-        epochs = [{"loss": i + seed, "val_miou": None if i else 3.0, "max_ratio": 2} for i in range(4 - seed)]
-        for method, uniformity in (("grpo_rm", "eq4"), ("grpo_rm", "eq5"), ("finetune", "eq4")):
-            more = SEGMENTATION | {"name": f"{method}_{uniformity}", "uniformity": uniformity, "ratio_floor": 0.0}
-            fake_run(tmp_path, "voc2012", method, seed, epochs=epochs, **more)
-    curves, policy = (draw()[f"voc2012_{name}"].axes for name in ("curves", "policy"))
-    assert curves[0].get_title() == "cross-entropy of fine-tuning"
-    assert policy[0].get_title() == "largest ratio p/q in the epoch"
-    assert [len(axis.lines) for axis in curves] == [3, 3, 6]  # two seeds and their mean, of one method or two
-    mean = curves[0].lines[-1]
-    assert (list(mean.get_xdata()), list(mean.get_ydata())) == ([1, 2, 3], [0.5, 1.5, 2.5])  # where both seeds are
+        epochs = [{"loss": i + seed, "accuracy": (i + seed) / 10, "max_ratio": 2} for i in range(4 - seed)]
+        fake_run(tmp_path, "cifar10", "grpo_rm", seed, epochs=epochs, label_noise=0.4)
+        fake_run(tmp_path, "cifar10", "finetune", seed, epochs=epochs, label_noise=0.4)
+        fake_run(tmp_path, "cifar10", "finetune", seed, epochs=epochs, label_noise=0.4, name="lr", lr=0.1)
+    drawn = draw()
+    assert drawn["cifar10_curves"].get_suptitle() == "CIFAR-10, label_noise 0.4"
+    (accuracy,), losses = drawn["cifar10_curves"].axes, drawn["cifar10_losses"].axes
+    names = ["Fine-tuning, lr 0.001 (n = 2)", "Fine-tuning, lr 0.1 (n = 2)", "GRPO-RM (n = 2)"]
+    assert [text.get_text() for text in drawn["cifar10_curves"].legends[0].texts] == names
+    assert [axis.get_ylabel() for axis in losses] == list(figures.PANELS["losses"])
+    assert [len(axis.lines) for axis in (accuracy, *losses)] == [9, 6, 3]  # two seeds and their mean, of each group
+    one, two, grpo = accuracy.lines[2::3]
+    assert (list(grpo.get_xdata()), list(grpo.get_ydata())) == ([1, 2, 3], [5, 15, 25])  # where both seeds are
+    assert one.get_color() == two.get_color() == losses[0].lines[0].get_color() == figures.COLOURS["finetune"]
+    assert grpo.get_color() == losses[1].lines[0].get_color() == figures.COLOURS["grpo_rm"]
+    assert one.get_linestyle() != two.get_linestyle() and one.get_marker() != two.get_marker()
 
 
 def test_long_names_one_epoch_and_a_run_that_blew_up(tmp_path, draw):
-    for i, loss in enumerate([-0.01, -0.02, -0.03, 2e4]):
-        more = {"name": f"grpo_rm_with_a_long_name_{i}", "epochs": [{"loss": loss, "val_accuracy": 50.0}]}
-        fake_run(tmp_path, "cifar10", "grpo_rm", 0, lr=10.0**-i, **more)
-    figure = draw()["cifar10_curves"]
-    (legend,), (loss, validation) = figure.legends, figure.axes
-    assert len({line.get_color() for line in loss.lines}) == len(legend.texts) == 4
-    assert legend.get_window_extent().width < figure.bbox.width
-    assert loss.get_window_extent().height > 2 * figure.dpi  # inches: not squeezed by the legend
-    assert [tick for tick in loss.get_xticks() if 0.5 < tick < 1.5] == [1]
-    assert (loss.get_yscale(), validation.get_yscale()) == ("symlog", "linear")
+    for i, loss in enumerate([-0.01, -0.02, 2e4]):
+        more = {"name": f"grpo_rm_with_a_long_name_{i}", "classes": [f"{i}"]}
+        fake_run(tmp_path, "cifar10", "grpo_rm", 0, epochs=[{"loss": loss, "val_accuracy": 50.0}], **more)
+    drawn = draw()
+    figure, (loss,) = drawn["cifar10_curves"], drawn["cifar10_losses"].axes
+    assert figure.legends[0].get_window_extent().width < figure.bbox.width
+    for axis in figure.axes:
+        assert axis.get_window_extent().height > 2 * figure.dpi  # inches: not squeezed by the legend
+        assert axis.get_yscale() == "linear" and 1 in axis.get_xticks()
+    assert loss.get_yscale() == "symlog"
 
 
 def test_images_stand_side_by_side(tmp_path, draw):
     def save(folder, index, kind, label):
-        image = Image.fromarray(np.full((10, 20), label, np.uint8))
-        image.putpalette(palette().tobytes())
+        image = palette_image(np.full((10, 20), label, np.uint8))
         (image.convert("RGB") if kind == "image" else image).save(folder / f"{index}_{kind}.png")
 
-    result = {"per_class_iou": {"background": 1.0, "a": 1.0, "b": None, "c": 2.0}}
     for label, method in enumerate(["frozen", "finetune", "grpo_rm"], 1):
-        run = fake_run(tmp_path, "shapes_seg", method, 0, (90.0, 80.0, 70.0), result=result)
+        run = fake_run(tmp_path, "shapes_seg", method, 0, (90.0, 80.0, 70.0))
         (images := run / "eval_linear_images").mkdir()
         for index, truth in [("000009", 0), ("000000", 0), ("000007", 255)][method != "frozen" :]:
             for kind, value in (("image", 4), ("truth", truth), ("prediction", label)):

@@ -3,7 +3,7 @@
     python -m tools.report runs                                     prints Markdown
     python -m tools.report runs --csv tables --figures figures      and writes CSV files, and figures as PNG and PDF
 
-Reads every run below RUNS_DIR. Scores are in percent: mean ± sample standard deviation over seeds, or one run's (n = 1).
+Reads every run below RUNS_DIR. Scores are in percent, mean ± sample standard deviation over seeds; n = 1 is one run's.
 Only runs whose settings are equal but for the seed are averaged; several settings of a method are named by the one or
 two that differ, else by directories. Paired tests need three common seeds: two get none. A dash: no number.
 """
