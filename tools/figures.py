@@ -15,6 +15,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from common.palette import palette
+
 COLOURS = {"finetune": "#d55e00", "grpo_rm": "#0072b2"}  # colour-blind readers tell these apart, too
 STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ("-", "x"), ("--", "v"), (":", "P"), ("-.", "*")]
 PANELS = {  # {figure: {label of the y axis: what is drawn, a key of curves()}}
@@ -110,19 +112,18 @@ def draw_scenes(groups, title, path):
 
 
 def class_legend(masks, classes):
-    """{class: a patch of its colour in the palette} of the classes in masks."""
-    legend, palette = {}, masks[0].getpalette()
+    """{class: a patch of its colour} of the classes in masks."""
+    legend, colours = {}, palette() / 255
     for index in sorted({index for mask in masks for _, index in mask.getcolors()}):
         name = classes[index] if index < len(classes) else "void"
-        colour = [value / 255 for value in palette[3 * index : 3 * index + 3]]
-        legend[name] = Patch(facecolor=colour, edgecolor="black")
+        legend[name] = Patch(facecolor=colours[index], edgecolor="black")
     return legend
 
 
 def save(figure, title, legend, columns, path):
     """Write PNG and PDF. legend: {label: line or patch}, drawn below the figure, which grows by its height."""
     if max(len(label) for label in legend) > 40:
-        columns = 1
+        columns = 1  # more would not fit
     figure.set_figheight(figure.get_figheight() + 0.22 * math.ceil(len(legend) / columns))
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(title)
@@ -148,4 +149,4 @@ def draw_figures(datasets, directory):
             title += f", label_noise {noise.pop():g}"
         for figure, panels in PANELS.items():
             draw_curves(trained, title, panels, directory / f"{name}_{figure}")
-        draw_scenes([group for group in groups if "%" not in group[0].row], title, directory / f"{name}_scenes")
+        draw_scenes(groups, title, directory / f"{name}_scenes")

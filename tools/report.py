@@ -44,7 +44,9 @@ NO_SETTINGS |= MAY_DIFFER_ON_RESUME - {"weights", "hub_repo", "max_steps"}
 GRPO_SETTINGS = set(
     "clip_eps uniformity accuracy_weight uniformity_weight ratio_floor old_policy_every background_penalty".split()
 )
-FOLLOWS = {"lr_end": "lr", "warmup_epochs": "epochs", "train_images": "limit_train"}  # where they are not given
+FOLLOWS = dict(  # by default
+    lr_end="lr", warmup_epochs="epochs", train_images="limit_train", crop_size="image_size", resize_size="image_size"
+)
 SHOWN = "label_noise backbone image_size epochs batch_size lr warmup_epochs ratio_floor limit_train".split()
 
 
@@ -53,8 +55,7 @@ class Run:
 
     def __init__(self, directory):
         self.directory = directory
-        paths = [directory / name for name in FILES if (directory / name).exists()]
-        self.files = {path.name: json.loads(path.read_text()) for path in paths}
+        self.files = {name: json.loads((directory / name).read_text()) for name in FILES if (directory / name).exists()}
         self.config = self.files.get(CONFIG, {})  # frozen features have none
         identities = {identity(values) for values in self.files.values()}
         if len(identities) > 1:
@@ -312,8 +313,7 @@ def main(argv=None):
     print(*notes(groups, args.runs), sep="\n")
     if args.figures:
         make_directory(args.figures, "--figures")
-        plain = [group for group in groups if group[0].row not in ABLATIONS]
-        draw_figures(split(plain, lambda group: group[0].data), args.figures)
+        draw_figures(split(groups, lambda group: group[0].data), args.figures)
 
 
 if __name__ == "__main__":
