@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ def run_all(directory, *datasets, script=ROOT / "run_all.sh", **environment):
     """The chain, started in `directory`; returns the finished process."""
     surroundings = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "NPROC": "1", "OMP_NUM_THREADS": "1"}
     options = {"env": os.environ | surroundings | environment, "cwd": directory, "timeout": 300}
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs ignore it
     return subprocess.run(["bash", str(script), *datasets], capture_output=True, text=True, **options)
 
 
