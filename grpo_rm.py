@@ -112,7 +112,7 @@ def grpo_rm_loss(
         ratio = p / (q + ratio_floor / G)  # rho (N, G)
     else:
         ratio = (log_p - log_q).clamp(max=80).exp()  # p/q, where q can be 0 in float32; exp(80) is finite
-    weighted = advantages / G  # before the product with rho, which could overflow
+    weighted = advantages * (1 / G)  # before the product with rho, which could overflow
     unclipped, clipped = ratio * weighted, ratio.clamp(1 - clip_eps, 1 + clip_eps) * weighted
     loss = -mean(torch.minimum(unclipped, clipped).sum(1))  # Eq. (1)
 
