@@ -268,9 +268,10 @@ def training_step(policy, old_policy, encoder, loss_function, optimizer, images,
         encoder.require_backward_grad_sync = i == len(micro_batches)  # DDP averages once, with the last of them
         accumulate_gradients(policy, old_policy, encoder, loss_function, x, y, sample_weight, meter)
     if dist.is_initialized():  # DDP cannot average the head's gradients, which come from several backward passes
-        for parameter in filter(lambda x: x.requires_grad, policy.head.parameters()):
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= world_size
+        for parameter in policy.head.parameters():
+            if parameter.requires_grad:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= world_size
     norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf)
     optimizer.step()  # line 9
     policy.zero_grad()
