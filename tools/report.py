@@ -290,6 +290,20 @@ def notes(groups, root):
     return lines
 
 
+def print_table(title, rows):
+    """Print rows {header: cell} as Markdown, a dash where there is no cell. Returns the lines of cells as text."""
+    headers = list(dict.fromkeys(itertools.chain(max(rows, key=len), *rows)))
+    lines = [headers]
+    for row in rows:
+        cells = [row.get(header, "-") for header in headers]
+        lines.append([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells])
+    print(f"### {title}\n")
+    for cells in [headers, ["---"] * len(headers), *lines[1:]]:
+        print(f"| {' | '.join(cells)} |")
+    print(flush=True)
+    return lines
+
+
 @stage
 def main(argv=None):
     parser = ArgumentParser(__doc__)
@@ -302,10 +316,7 @@ def main(argv=None):
     if args.csv:
         make_directory(args.csv, "--csv")
     for title, rows in make_tables(groups).items():
-        headers = dict.fromkeys(itertools.chain(max(rows, key=len), *rows))
-        lines = [list(headers), *([row.get(header, "-") for header in headers] for row in rows)]
-        table = [f"| {' | '.join(cells)} |" for cells in [lines[0], ["---"] * len(headers), *lines[1:]]]
-        print(f"### {title}", "", *table, "", sep="\n")
+        lines = print_table(title, rows)
         if args.csv:
             name = title.split(":")[0].lower().replace("table ", "table").replace(" ", "_")  # table2, table2_tests
             with open(args.csv / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
