@@ -25,32 +25,28 @@ class VitTiny(nn.Module):
         self.vit.heads = nn.Identity()
         torch.backends.mha.set_fastpath_enabled(False)  # other kernels without gradients: rho = 1 needs the same
 
-    def _position_embedding(self, h: int, w: int) -> torch.Tensor:
-        embedding = self.vit.encoder.pos_embedding  # (1, 1 + side * side, D)
-        side = math.isqrt(embedding.shape[1] - 1)
-        grid = embedding[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
-        grid = F.interpolate(grid, size=(h, w), mode="bicubic")  # (1, D, h, w)
-        return torch.cat([embedding[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
-
-    def get_intermediate_layers(self, images, n=1, reshape=False, return_class_token=False, norm=True) -> tuple:
-        """The outputs of the last n blocks: patch tokens (B, h*w, D), or (B, D, h, w) with `reshape`, each with the
-        class token (B, D) beside it when asked for. images: (B, 3, H, W), sides multiples of the patch size."""
+    def get_intermediate_layers(self, images, n=1, reshape=False, return_class_token=False) -> tuple:
+        """The normalised outputs of the last n blocks: patch tokens (B, h*w, D), or (B, D, h, w) with `reshape`, each
+        with the class token (B, D) beside it when asked for. images: (B, 3, H, W), sides multiples of the patch size.
+        """
         patches = self.vit.conv_proj(images)  # (B, D, h, w)
         h, w = patches.shape[-2:]
         class_token = self.vit.class_token.expand(len(images), -1, -1)
         tokens = torch.cat([class_token, patches.flatten(2).transpose(1, 2)], dim=1)  # (B, 1 + h*w, D)
-        tokens = tokens + self._position_embedding(h, w)
+        class_position, grid = self.vit.encoder.pos_embedding.split([1, 25], dim=1)  # (1, 1, D), (1, 5*5, D)
+        grid = F.interpolate(grid.transpose(1, 2).unflatten(2, (5, 5)), size=(h, w), mode="bicubic")  # (1, D, h, w)
+        tokens = tokens + torch.cat([class_position, grid.flatten(2).transpose(1, 2)], dim=1)
         outputs = []
         for block in self.vit.encoder.layers:
             tokens = block(tokens)
             outputs.append(tokens)
-        outputs = [self.vit.encoder.ln(tokens) if norm else tokens for tokens in outputs[-n:]]
-        patch_tokens = [tokens[:, 1:] for tokens in outputs]
+        outputs = [self.vit.encoder.ln(tokens) for tokens in outputs[-n:]]
+        layers = [tokens[:, 1:] for tokens in outputs]
         if reshape:
-            patch_tokens = [tokens.transpose(1, 2).unflatten(2, (h, w)) for tokens in patch_tokens]
+            layers = [patch_tokens.transpose(1, 2).unflatten(2, (h, w)) for patch_tokens in layers]
         if return_class_token:
-            return tuple(zip(patch_tokens, [tokens[:, 0] for tokens in outputs], strict=True))
-        return tuple(patch_tokens)
+            layers = list(zip(layers, [tokens[:, 0] for tokens in outputs], strict=True))
+        return tuple(layers)
 
     def forward_features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """images (B, 3, H, W) -> normalised class token (B, D) and patch tokens (B, h*w, D)."""
@@ -82,13 +78,16 @@ SHAPES = {  # outline on [-1, 1]^2, and the outline of what is cut out of it
 }
 
 
-def silhouette(label, size, scale, centre, angle):
-    """The shape number `label` in white on black, (size, size); scale in pixels, angle in degrees."""
-    outline, hole = list(SHAPES.values())[label]
-    angle = math.radians(angle)
+def silhouette(label, size, scales, rng):
+    """The shape number `label` in white on black, (size, size), at any place and angle; scales: the least and the
+    largest share of the size that it has."""
+    scale = size * rng.uniform(*scales)
+    centre = size / 2 + rng.uniform(-1, 1, 2) * (size / 2 - scale)
+    angle = math.radians(rng.uniform(-30, 30))
     rotation = scale * np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     mask = Image.new("L", (size, size))
     pen = ImageDraw.Draw(mask)
+    outline, hole = list(SHAPES.values())[label]
     pen.polygon([tuple(point) for point in np.array(outline) @ rotation + centre], fill=255)
     if hole:
         pen.polygon([tuple(point) for point in np.array(hole) @ rotation + centre], fill=0)
@@ -114,22 +113,19 @@ def draw(silhouettes, rng, side):
 def draw_shape(i, seed, side=42):
     """Sample i of the classification set: a picture (side, side, 3) of one shape of any place, size, angle and colours,
     and its class. A function of i and seed alone; the classes come in turn."""
-    rng, size, label = np.random.default_rng((seed, i)), 2 * side, i % len(SHAPES)
-    scale = size * rng.uniform(0.25, 0.42)
-    centre = size / 2 + rng.uniform(-1, 1, 2) * (size / 2 - scale)
-    return draw([(silhouette(label, size, scale, centre, rng.uniform(-30, 30)), None)], rng, side), label
+    rng, label = np.random.default_rng((seed, i)), i % len(SHAPES)
+    return draw([(silhouette(label, 2 * side, (0.25, 0.42), rng), None)], rng, side), label
 
 
 def draw_scene(i, seed, side=112):
     """Sample i of the segmentation set: a picture (side, side, 3) of two to four shapes that may cover each other, and
     its mask (side, side) uint8: 0 background, 1 + the shape's number, 255 (void) on a border of two pixels around every
     shape. A hue belongs to two kinds of shape, so that colour helps but does not decide."""
-    rng, size = np.random.default_rng((seed, i)), 2 * side
+    rng = np.random.default_rng((seed, i))
     silhouettes, mask = [], np.zeros((side, side), np.uint8)
     for _ in range(rng.integers(2, 5)):
-        label, scale = int(rng.integers(len(SHAPES))), size * rng.uniform(0.14, 0.26)
-        centre = size / 2 + rng.uniform(-1, 1, 2) * (size / 2 - scale)
-        shape = silhouette(label, size, scale, centre, rng.uniform(-30, 30))
+        label = int(rng.integers(len(SHAPES)))
+        shape = silhouette(label, 2 * side, (0.14, 0.26), rng)
         silhouettes.append((shape, (label + rng.uniform(-0.8, 0.8)) / len(SHAPES) % 1))
         small = shape.resize((side, side), Image.Resampling.BOX).point(lambda value: 255 * (value > 127))
         mask[np.asarray(small.filter(ImageFilter.MaxFilter(3))) > 0] = 255

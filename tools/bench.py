@@ -29,8 +29,8 @@ from grpo_rm import ClassificationHead, Policy, SegmentationHead, grpo_rm_loss, 
 from tools.report import METHODS, PAPER, print_table
 
 LOSS_SHAPES = [(131072, 21), (65536, 171), (1024, 1000)]  # (N, G): pixels of VOC and of COCO-stuff, a batch of ImageNet
-# Of Table 5: classes, training images, batch size on a CPU, and fine-tuning's floor: seconds of an epoch's arithmetic on
-# one H200 at 40 % of its bf16 rate (GRPO-RM: 4/3 of it).
+# Of Table 5: classes, training images, batch size on a CPU, and fine-tuning's floor: seconds of an epoch's arithmetic
+# on one H200 at 40 % of its bf16 rate (GRPO-RM: 4/3 of it).
 SETTINGS = {
     "tiny_imagenet": (200, 100_000, 64, 1.05),
     "imagenet": (1000, 1_281_167, 16, 149),

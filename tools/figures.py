@@ -106,18 +106,13 @@ def draw_scenes(groups, title, path):
         axis.axis("off")
     for axis, name in zip(axes[0], ["image", "ground truth", *saved], strict=True):
         axis.set_title(textwrap.fill(name, 24), fontsize=10)
+    classes = list(json.loads((first.parent / "eval_linear.json").read_text())["per_class_iou"])
     masks = [image for row in rows for image in row[1:]]
-    result = json.loads((first.parent / "eval_linear.json").read_text())
-    save(figure, title, class_legend(masks, list(result["per_class_iou"])), len(rows[0]), path)
-
-
-def class_legend(masks, classes):
-    """{class: a patch of its colour} of the classes in masks."""
-    legend, colours = {}, palette() / 255
+    legend = {}
     for index in sorted({index for mask in masks for _, index in mask.getcolors()}):
         name = classes[index] if index < len(classes) else "void"
-        legend[name] = Patch(facecolor=colours[index], edgecolor="black")
-    return legend
+        legend[name] = Patch(facecolor=palette()[index] / 255, edgecolor="black")
+    save(figure, title, legend, len(rows[0]), path)
 
 
 def save(figure, title, legend, columns, path):
@@ -136,13 +131,9 @@ def save(figure, title, legend, columns, path):
 def draw_figures(datasets, directory):
     """Write <dataset>_curves, _losses, _policy and _scenes for each list of groups of one dataset."""
     plt.switch_backend("Agg")
-    drawn = set()
     for groups in datasets:
         first = groups[0][0]
         name = first.title if first.dataset == "folder" else first.dataset
-        if name in drawn:
-            name += f"_{first.task}"  # a folder of a name that is taken
-        drawn.add(name)
         trained = [group for group in groups if group[0].method != "frozen"]
         title, noise = first.title, {run.config.get("label_noise", 0) for run in itertools.chain(*trained)}
         if len(noise) == 1 and noise != {0}:

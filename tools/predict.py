@@ -10,6 +10,7 @@ size (with PASCAL VOC's palette), and <name>_overlay.jpg, the image blended with
 """
 
 import csv
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -21,15 +22,6 @@ from common.checkpoint import make_directory
 from common.images import image_files, read_image
 from common.palette import palette_image
 from grpo_rm import SegmentationHead, load_policy
-
-
-def parse_args(argv):
-    parser = cli.ArgumentParser(__doc__)
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="what train_cls.py or train_seg.py wrote")
-    parser.add_argument("images", metavar="IMAGE_OR_DIR", type=Path, nargs="+", help="image files, or directories")
-    parser.add_argument("--output", metavar="DIR", type=Path, help="default: RUN_DIR/predictions")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
-    return parser.parse_args(argv)
 
 
 def find_images(paths):
@@ -45,18 +37,15 @@ def find_images(paths):
 
 def check_names(files, output):
     """Raises InputError where two images would give files of one name, or an image might be overwritten."""
-    seen = {}
-    for file in files:
-        if file.stem in seen:
-            raise cli.InputError(f"{seen[file.stem]} and {file} would both become {file.stem}.png; rename one of them")
-        if file.resolve().parent == output.resolve():
-            raise cli.InputError(f"--output {output} holds {file.name}, one of the images; choose another directory")
-        seen[file.stem] = file
+    ((name, count),) = Counter(file.stem for file in files).most_common(1)
+    if count > 1:
+        raise cli.InputError(f"{count} images would become {name}.png; rename all but one of them")
+    if output.resolve() in {file.resolve().parent for file in files}:
+        raise cli.InputError(f"--output {output} holds some of the images; choose another directory")
 
 
 def classify(policy, transform, classes, files, device, output):
     """Print the most probable class of every image, and write predictions.csv."""
-    make_directory(output, "--output")
     with open(output / "predictions.csv", "w", encoding="utf-8", newline="") as table:
         writer = csv.writer(table)
         writer.writerow(["file", "class", "probability"])
@@ -69,8 +58,6 @@ def classify(policy, transform, classes, files, device, output):
 
 def segment(policy, transform, files, device, output):
     """Write the class indices of every image as a palette PNG, and the image blended with their colours."""
-    check_names(files, output)
-    make_directory(output, "--output")
     for file in files:
         image = read_image(file)
         logits = policy(transform(image)[None].to(device))  # (1, G, M, M)
@@ -96,13 +83,20 @@ def label_map(logits, size):
 @cli.stage
 @torch.inference_mode()
 def main(argv=None):
-    args = parse_args(argv)
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="what train_cls.py or train_seg.py wrote")
+    parser.add_argument("images", metavar="IMAGE_OR_DIR", type=Path, nargs="+", help="image files, or directories")
+    parser.add_argument("--output", metavar="DIR", type=Path, help="default: RUN_DIR/predictions")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
+    args = parser.parse_args(argv)
     files = find_images(args.images)
     device = distributed.start_processes(args.device).device
     policy, transform, classes = load_policy(args.run_dir)
     policy.to(device)
     output = args.output or args.run_dir / "predictions"
+    make_directory(output, "--output")
     if isinstance(policy.head, SegmentationHead):
+        check_names(files, output)
         segment(policy, transform, files, device, output)
     else:
         classify(policy, transform, classes, files, device, output)

@@ -11,6 +11,8 @@ two that differ, else by directories. Paired tests need three common seeds: two 
 import csv
 import itertools
 import json
+import operator
+import os
 import statistics
 from pathlib import Path
 
@@ -36,17 +38,14 @@ MASK_SCORES = {"pixel-acc": "pixel_acc", "IoU": "iou", "mIoU": "miou"}
 SCORES = {"SR": ("eval_linear.json", "top1"), "k-NN": ("eval_knn.json", "top1")}  # {column: (file, key)}
 for features, file in FEATURES.items():
     SCORES |= {f"{features} {column}": (file, key) for column, key in MASK_SCORES.items()}
-NO_SETTINGS = set(
-    "dataset task method seed fit_seed top1 per_class_accuracy confusion pixel_acc iou miou per_class_iou".split()
-)
+IDENTITY = ["dataset", "task", "method", "seed"]  # of a run, in each of its files
+NO_SETTINGS = {*IDENTITY, "fit_seed", "top1", "per_class_accuracy", "confusion", *MASK_SCORES.values(), "per_class_iou"}
 # A resumed run may have other values of weights, hub_repo and max_steps; runs that are averaged may not.
 NO_SETTINGS |= MAY_DIFFER_ON_RESUME - {"weights", "hub_repo", "max_steps"}
-GRPO_SETTINGS = set(
-    "clip_eps uniformity accuracy_weight uniformity_weight ratio_floor old_policy_every background_penalty".split()
-)
-FOLLOWS = dict(  # by default
-    lr_end="lr", warmup_epochs="epochs", train_images="limit_train", crop_size="image_size", resize_size="image_size"
-)
+GRPO_SETTINGS = {"clip_eps", "uniformity", "accuracy_weight", "uniformity_weight", "ratio_floor", "old_policy_every"}
+GRPO_SETTINGS.add("background_penalty")
+FOLLOWS = {"lr_end": "lr", "warmup_epochs": "epochs", "train_images": "limit_train"}  # by default
+FOLLOWS |= {"crop_size": "image_size", "resize_size": "image_size"}
 SHOWN = "label_noise backbone image_size epochs batch_size lr warmup_epochs ratio_floor limit_train".split()
 
 
@@ -57,10 +56,13 @@ class Run:
         self.directory = directory
         self.files = {name: json.loads((directory / name).read_text()) for name in FILES if (directory / name).exists()}
         self.config = self.files.get(CONFIG, {})  # frozen features have none
-        identities = {identity(values) for values in self.files.values()}
+        identities = {operator.itemgetter(*IDENTITY)(values) for values in self.files.values()}
         if len(identities) > 1:
             raise InputError(f"{directory} holds files of different runs, {identities}; move some of them")
-        ((self.dataset, self.title, self.task, self.method, self.seed),) = identities
+        ((self.dataset, self.task, self.method, self.seed),) = identities
+        self.title = TITLES.get(self.dataset, self.dataset)
+        if self.dataset == "folder":  # own data are called by their directory
+            self.title = Path(next(iter(self.files.values()))["data_root"]).name
         self.data = self.dataset, self.title, self.task
         self.row = self.name = row_of(self.method, self.config)
         self.settings = settings_of(self.files)
@@ -71,13 +73,6 @@ class Run:
         self.numbers = numbers_of(self.files, self.epochs)
         hardware = [self.config.get(key) for key in ("world_size", "device_name", "grad_accum", "compile")]
         self.hardware = "{} x {}, grad_accum {}, compile {}".format(*hardware)
-
-
-def identity(values):
-    """The run that a file is of: dataset, its printed name, task, method, seed. Own data are called by their folder."""
-    name = values["dataset"]
-    title = Path(values["data_root"]).name if name == "folder" else TITLES.get(name, name)
-    return name, title, values["task"], values["method"], values["seed"]
 
 
 def row_of(method, config):
@@ -92,7 +87,7 @@ def row_of(method, config):
 
 def settings_of(files):
     """{(file, key): value as text} of all that changes the mathematics of a run."""
-    settings = {(CONFIG, "label_noise"): "0"} if CONFIG in files else {}  # older files do not have it
+    settings = {}
     for file, values in files.items():
         ignored = set(NO_SETTINGS)
         if values["method"] == "finetune":
@@ -164,11 +159,8 @@ def add_labels(groups, root):
     names = {name for name in names if len(values_of(name, runs)) > 1}
     names = sorted(name for name in names if FOLLOWS.get(name) not in names)
     labels = [", ".join(" ".join([name, *values_of(name, group)]) for name in names) for group in groups]
-    if len(names) > 2 or "classes" in names or len(set(labels)) < len(groups):
-        places = [group[0].directory.parent for group in groups]
-        if len(set(places)) < len(groups):
-            places = [group[0].directory for group in groups]
-        labels = [f"in {place.relative_to(root)}" for place in places]
+    if len(names) > 2 or len(set(labels)) < len(groups):
+        labels = [f"in {os.path.relpath(group[0].directory.parent, root)}" for group in groups]
     for group, label in zip(groups, labels, strict=True):
         for run in group:
             run.name = f"{run.row}, {label}"
@@ -210,11 +202,10 @@ def comparison(groups, columns, **more):
 
 
 def segmentation(groups):
-    """The rows of linear and multi-scale features, dataset by dataset."""
+    """The rows of linear features, then those of multi-scale ones."""
     rows = []
-    for mine, features in itertools.product(split(groups, lambda group: group[0].data), FEATURES):
-        columns = {column: f"{features} {column}" for column in MASK_SCORES}
-        rows += comparison(mine, columns, features=features)
+    for features in FEATURES:
+        rows += comparison(groups, {column: f"{features} {column}" for column in MASK_SCORES}, features=features)
     return rows
 
 
