@@ -66,10 +66,10 @@ class Run:
         self.data = self.dataset, self.title, self.task
         self.row = self.name = row_of(self.method, self.config)
         self.settings = settings_of(self.files)
-        log = directory / "log.jsonl"
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        events = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be half-written
-        self.epochs = [event for event in events if event["event"] == "epoch"]
+        self.epochs = []
+        if (directory / "log.jsonl").exists():
+            *lines, _ = (directory / "log.jsonl").read_text().split("\n")  # the last is empty or half-written
+            self.epochs = [event for event in map(json.loads, lines) if event["event"] == "epoch"]
         self.numbers = numbers_of(self.files, self.epochs)
         hardware = [self.config.get(key) for key in ("world_size", "device_name", "grad_accum", "compile")]
         self.hardware = "{} x {}, grad_accum {}, compile {}".format(*hardware)
@@ -155,8 +155,7 @@ def values_of(setting, runs):
 def add_labels(groups, root):
     """Name groups of one row by the one or two settings in which they differ, else by directories."""
     runs = list(itertools.chain(*groups))
-    names = {name for run in runs for file, name in run.settings if file == CONFIG}
-    names = {name for name in names if len(values_of(name, runs)) > 1}
+    names = [name for name in runs[0].config if len(values_of(name, runs)) > 1]
     names = sorted(name for name in names if FOLLOWS.get(name) not in names)
     labels = [", ".join(" ".join([name, *values_of(name, group)]) for name in names) for group in groups]
     if len(names) > 2 or len(set(labels)) < len(groups):
