@@ -94,9 +94,11 @@ def main(argv=None):
     policy, transform, classes = load_policy(args.run_dir)
     policy.to(device)
     output = args.output or args.run_dir / "predictions"
-    make_directory(output, "--output")
-    if isinstance(policy.head, SegmentationHead):
+    segmentation = isinstance(policy.head, SegmentationHead)
+    if segmentation:
         check_names(files, output)
+    make_directory(output, "--output")
+    if segmentation:
         segment(policy, transform, files, device, output)
     else:
         classify(policy, transform, classes, files, device, output)
