@@ -40,8 +40,8 @@ SETTINGS = {
 
 
 def medians(runs, repeats):
-    """{name: median seconds} of {name: function}, which take `repeats` turns. Timer warms up with the same function
-    each time: what a run finds in cache and allocator depends on the one before it."""
+    """{name: median seconds} of {name: function}, which take `repeats` turns. Timer warms up with two runs of
+    the same function each time: what a run finds in cache and allocator depends on the one before it."""
     seconds = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
@@ -141,7 +141,7 @@ def main(argv=None):
     parser = cli.ArgumentParser(__doc__)
     cli.add_model_arguments(parser)
     add = parser.add_argument_group("benchmark").add_argument
-    add("--repeats", type=cli.whole(1), default=9, help="turns that the medians are taken over")
+    add("--repeats", type=cli.whole(1), default=7, help="turns that the medians are taken over")
     add("--threads", type=cli.whole(1), help="CPU threads of torch; default: its own choice")
     add("--compile", action="store_true", help="compile the steps; the loss is measured both ways in any case")
     add("--quick", action="store_true", help="a try-out in seconds: tiny sizes; its numbers mean nothing")
