@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +25,7 @@ from torchvision.models.segmentation import FCN_ResNet50_Weights
 from common.cli import InputError, first_line
 from common.demo import SHAPES, draw_scene, draw_shape
 from common.distributed import in_turn
-from common.images import count_suffixes, image_files, is_image, pair_up, read_image, read_labels, visible
+from common.images import image_files, is_image, pair_up, read_image, read_labels, visible
 from common.loader import VOID, WRONG_LABELS
 
 
@@ -59,7 +60,6 @@ PROTOCOLS = {
     },
 }
 
-
 DRAWN = ("shapes", "shapes_seg")  # by common/demo.py; there are no files
 
 
@@ -70,9 +70,11 @@ def resolve_dataset(args, *tasks):
         args.data_root = args.data_root or os.environ.get("GRPO_RM_DATA") or "datasets"
     elif args.data_root is not None:
         raise InputError(f"--data-root {args.data_root}: {args.dataset} is drawn and has no files; leave the flag out")
+    args.task = next((task for task in PROTOCOLS if args.dataset in PROTOCOLS[task]), None)
     if args.dataset == "folder":
         args.data_root = os.path.abspath(args.data_root)  # its directory is its name
-    args.task = task_of(args.dataset, args.data_root)
+        has_masks = os.path.isdir(os.path.join(args.data_root, "masks"))
+        args.task = "segmentation" if has_masks else "classification"
     if args.task is None:
         known = dict.fromkeys(name for task in tasks for name in PROTOCOLS[task])
         raise InputError(f"--dataset {args.dataset}: unknown; choose one of {', '.join(known)}")
@@ -81,16 +83,6 @@ def resolve_dataset(args, *tasks):
                          f"this script does {tasks[0]}")  # fmt: skip
     resolve_sizes(args)
     return PROTOCOLS[args.task][args.dataset]
-
-
-def task_of(dataset, root):
-    """What `dataset` is for, None where it is unknown. A folder is a segmentation set where it holds masks/."""
-    if dataset == "folder":
-        return "segmentation" if os.path.isdir(os.path.join(root, "masks")) else "classification"
-    for task, protocols in PROTOCOLS.items():
-        if dataset in protocols:
-            return task
-    return None
 
 
 def resolve_sizes(args):
@@ -110,27 +102,26 @@ def dataset_name(args):
     return Path(args.data_root).name if args.dataset == "folder" else args.dataset
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Splits
-
-
 @dataclasses.dataclass(frozen=True)
 class Split:
     """One half of a set. read(i) gives sample i as an RGB image and its class or, with `masks`, its mask (H, W) uint8;
-    it raises InputError naming the file that cannot be used. warnings: what the user should know of the whole set."""
+    it raises InputError naming the file that cannot be used. warnings: what the user should know of the whole set.
+    files: the images' files, where there are any."""
 
     classes: list[str]
     count: int
     read: Callable[[int], tuple[Image.Image, int | np.ndarray]]
     masks: bool = False
     warnings: Sequence[str] = ()
+    files: np.ndarray | None = None
 
     def __len__(self):
         return self.count
 
     def subset(self, indices):
         """The samples at `indices`, in that order."""
-        return dataclasses.replace(self, count=len(indices), read=lambda i: self.read(int(indices[i])))
+        files = None if self.files is None else self.files[indices]
+        return dataclasses.replace(self, count=len(indices), read=lambda i: self.read(int(indices[i])), files=files)
 
 
 def load_data(args, world):
@@ -138,22 +129,19 @@ def load_data(args, world):
     split. Rank 0 prints what was found."""
     with in_turn(world, "data"):
         train, val = load_splits(args.dataset, args.data_root, args.task, download=args.download)
-    found = f"{dataset_name(args)}: {len(train.classes)} classes"
-    label_noise = getattr(args, "label_noise", 0)
-    if label_noise:
-        train = with_wrong_labels(train, label_noise, args.seed)
+    noise, fraction = getattr(args, "label_noise", 0), getattr(args, "train_fraction", 1)
+    if noise:
+        train = with_wrong_labels(train, noise, args.seed)
     train, val = limit(train, args.limit_train), limit(val, args.limit_val)
-    fraction = getattr(args, "train_fraction", 1)
     if fraction < 1:  # the same samples for every method
         order = np.random.default_rng((args.seed, len(train))).permutation(len(train))
         train = train.subset(np.sort(order[: max(1, round(fraction * len(train)))]))
-    found += f", {len(train)} training and {len(val)} validation images"
-    if label_noise:
-        found += f", {100 * label_noise:g} % of the training labels replaced"
     if world.rank == 0:
         for warning in train.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        print(found, flush=True)
+        found = f"{len(train.classes)} classes, {len(train)} training and {len(val)} validation images"
+        replaced = f", {100 * noise:g} % of the training labels replaced" if noise else ""
+        print(f"{dataset_name(args)}: {found}{replaced}", flush=True)
     return train, val
 
 
@@ -184,10 +172,6 @@ def label_shifts(count, num_classes, share, seed):
     return np.where(draws[:, 0] < share, shifts, 0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Datasets
-
-
 def load_splits(name, root, task, *, download):
     """The training and validation split of dataset `name` below the directory `root`. `download`: fetch what is missing
     and may be fetched. Raises InputError where data are missing, saying which file belongs where."""
@@ -199,17 +183,15 @@ def load_splits(name, root, task, *, download):
         classes = ["background", *SHAPES]
         return Split(classes, 2000, train, masks=True), Split(classes, 400, val, masks=True)
     root = Path(root)
-    if name == "folder":
-        return mask_folders(root) if task == "segmentation" else class_folders(root)
+    if name == "folder" and task == "segmentation":
+        return mask_folders(root)
+    if name == "imagenet" and (root / "imagenet").is_dir():
+        root = root / "imagenet"
+    if name in ("folder", "imagenet"):
+        return class_folders(root)
     if name in ("cifar10", "cifar100", "stl10"):
         return torchvision_set(name, root, download)
-    published = {
-        "tiny_imagenet": tiny_imagenet,
-        "imagenet": imagenet,
-        "voc2012": voc2012,
-        "ade20k": ade20k,
-        "coco_stuff": coco_stuff,
-    }
+    published = {"tiny_imagenet": tiny_imagenet, "voc2012": voc2012, "ade20k": ade20k, "coco_stuff": coco_stuff}
     return published[name](root, download)
 
 
@@ -223,28 +205,26 @@ def available(what, remedy, download):
         raise InputError(f"{what} is missing or incomplete ({first_line(error)}); {fetch}, or {remedy}") from error
 
 
-def fetch_archive(what, root, home, url, md5, download, needed="."):
-    """Where the directory `home` below `root` is missing, download the archive that holds it and unpack it, whole or
-    not at all. Raises InputError where home/needed is not there in the end."""
+@contextlib.contextmanager
+def unpacked(what, root, home, url, md5, download):
+    """For reading the directory `home` below `root`; where it is missing, the archive that holds it is downloaded and
+    unpacked, whole or not at all. Raises InputError where something is missing in the end."""
     with available(what, f"unpack {url} into {root}", download):
         if download and not home.is_dir():
             download_and_extract_archive(url, str(root), str(root / ".unpacking"), md5=md5)
             home.parent.mkdir(exist_ok=True)
             os.replace(root / ".unpacking" / home.relative_to(root), home)
-        (home / needed).stat()
+        home.stat()
+        yield
 
 
 def torchvision_set(name, root, download):
     """CIFAR-10, CIFAR-100 or STL-10 through torchvision, which checks the archives' MD5 sums."""
     dataset = getattr(datasets, name.upper())
-    parts = [{"train": True}, {"train": False}]
-    if name == "stl10":
-        parts = [{"split": "train"}, {"split": "test"}]
+    parts = ("train", "test") if name == "stl10" else (True, False)
     with available(f"{name} in {root}", f"unpack {dataset.filename} there", download):
-        found = [dataset(str(root), download=download, **part) for part in parts]
-    if name == "stl10":
-        return [array_split(list(x.classes), x.data.transpose(0, 2, 3, 1), x.labels) for x in found]
-    return [array_split(list(x.classes), x.data, x.targets) for x in found]
+        found = [dataset(str(root), part, download=download) for part in parts]
+    return [Split(list(x.classes), len(x), x.__getitem__) for x in found]
 
 
 def array_split(classes, pixels, targets):
@@ -256,49 +236,34 @@ def tiny_imagenet(root, download):
     """Tiny-ImageNet in its official layout; classes in the order of wnids.txt."""
     home = root / "tiny-imagenet-200"
     url = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-    labels = "val/val_annotations.txt"
-    fetch_archive("tiny_imagenet", root, home, url, "90528d7ca1a48142e341f4ef8d21d0de", download, needed=labels)
-    with available("tiny_imagenet", f"remove {home} and unpack {url} again", download):
+    with unpacked("tiny_imagenet", root, home, url, "90528d7ca1a48142e341f4ef8d21d0de", download):
         classes = (home / "wnids.txt").read_text().split()
+        lines = (home / "val" / "val_annotations.txt").read_text().splitlines()
         folders = [image_files(home / "train" / wnid / "images") for wnid in classes]
         if len({len(folder) for folder in folders}) != 1 or not folders[0]:
             raise OSError("its classes do not have equally many images")
     train = [(file, label) for label, folder in enumerate(folders) for file in folder]
-    rows = [line.split("\t")[:2] for line in (home / labels).read_text().splitlines()]
+    rows = [line.split("\t")[:2] for line in lines]
     val = [(str(home / "val" / "images" / file), classes.index(wnid)) for file, wnid in rows]
     return file_split(classes, train), file_split(classes, val)
 
 
-def imagenet(root, download):
-    """ImageNet-1k as train/ and val/ class folders under `root` or root/imagenet, or from the official archives there,
-    which torchvision checks and unpacks. They cannot be fetched: image-net.org asks for a login."""
-    archives = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
-    for home in (root, root / "imagenet"):
-        if not (home / "val").is_dir() and all((home / archive).is_file() for archive in archives):
-            with available(f"imagenet in {home}", "remove train/ and val/ there", download):
-                for part in ("train", "val"):
-                    datasets.ImageNet(str(home), split=part)
-        if (home / "train").is_dir() and (home / "val").is_dir():
-            return class_folders(home)
-    raise InputError(f"imagenet: {root} has neither train/ and val/ nor the archives; put {', '.join(archives)} there "
-                     "(image-net.org asks for a login)")  # fmt: skip
-
-
-def label_table(label_to_class):
-    """(256,) table from the labels in a set's masks to class indices or VOID; -1 for labels that it does not have."""
+def label_table(labels, ignored=()):
+    """(256,) table from what a set's masks hold to class indices: `labels` are the classes in their order; `ignored`
+    and VOID become VOID, everything else -1."""
     table = np.full(256, -1, np.int16)
-    table[list(label_to_class)] = list(label_to_class.values())
+    table[[*ignored, VOID]] = VOID
+    table[labels] = range(len(labels))
     return table
 
 
 VOC_CLASSES = ["background", *FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:]]
-VOC_TABLE = label_table({i: i for i in (*range(21), VOID)})
-ADE20K_TABLE = label_table({0: VOID} | {i: i - 1 for i in range(1, 151)})
+VOC_TABLE = label_table(range(21))
+ADE20K_TABLE = label_table(range(1, 151), ignored=[0])
 
 # COCO-stuff numbers 91 things from 0 and 91 kinds of stuff from 91; eleven of the things were never annotated.
-COCO_UNUSED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
-COCO_USED = {label: i for i, label in enumerate(sorted(set(range(182)) - set(COCO_UNUSED)))}
-COCO_TABLE = label_table({VOID: VOID} | dict.fromkeys(COCO_UNUSED, VOID) | COCO_USED)
+COCO_UNUSED = [11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90]
+COCO_TABLE = label_table([label for label in range(182) if label not in COCO_UNUSED], ignored=COCO_UNUSED)
 COCO_CLASSES = [name for name in MaskRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"][1:] if name != "N/A"] + (
     "banner blanket branch bridge building-other bush cabinet cage cardboard carpet ceiling-other ceiling-tile cloth "
     "clothes clouds counter cupboard curtain desk-stuff dirt door-stuff fence floor-marble floor-other floor-stone "
@@ -315,8 +280,7 @@ def voc2012(root, download):
     """PASCAL VOC 2012 segmentation."""
     home = root / "VOCdevkit" / "VOC2012"
     url = "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar"
-    fetch_archive("voc2012", root, home, url, "6cd6e144f989b92b3379bac3b3de84fd", download)
-    with available("voc2012", f"remove {home} and unpack {url} into {root}", download):
+    with unpacked("voc2012", root, home, url, "6cd6e144f989b92b3379bac3b3de84fd", download):
         found = [datasets.VOCSegmentation(str(root), image_set=part) for part in ("train", "val")]
     return [mask_split(VOC_CLASSES, list(zip(x.images, x.masks, strict=True)), VOC_TABLE) for x in found]
 
@@ -325,85 +289,76 @@ def ade20k(root, download):
     """ADE20k's scene parsing set; class names, all their synonyms, from objectInfo150.txt."""
     home = root / "ADEChallengeData2016"
     url = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
-    fetch_archive("ade20k", root, home, url, "7328b3957e407ddae1d3cbf487f149ef", download, needed="objectInfo150.txt")
-    lines = (home / "objectInfo150.txt").read_text(errors="replace").splitlines()[1:]
+    with unpacked("ade20k", root, home, url, "7328b3957e407ddae1d3cbf487f149ef", download):
+        lines = (home / "objectInfo150.txt").read_text(errors="replace").splitlines()[1:]
     classes = [line.split("\t")[-1].strip() for line in lines]
-    hint = "ADE20k's are 0 (void) and 1 to 150; use the annotations of ADEChallengeData2016.zip"
     folders = [(home / "images" / part, home / "annotations" / part) for part in ("training", "validation")]
-    return [mask_split(classes, pair_up(images, masks), ADE20K_TABLE, hint) for images, masks in folders]
+    return [mask_split(classes, pair_up(images, masks), ADE20K_TABLE) for images, masks in folders]
 
 
 def coco_stuff(root, download):
     """COCO-stuff with 171 classes: the images of COCO 2017 and the masks of stuffthingmaps_trainval2017.zip, which
     have no published checksum and are left to the user."""
     source = "calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset/stuffthingmaps_trainval2017.zip"
-    masks = root / "stuffthingmaps"
     parts = {"train2017": "cced6f7f71b7629ddf16f17bbcfab6b2", "val2017": "442b8da7639aecaf257c1dceb8ba8c80"}
+    splits = []
     for part, md5 in parts.items():
-        if not (masks / part).is_dir():
-            raise InputError(f"coco_stuff: {masks / part} is missing; unpack {source} into {masks}")
-        fetch_archive("coco_stuff", root, root / part, f"http://images.cocodataset.org/zips/{part}.zip", md5, download)
-    hint = f"the set has 0 to 181 and {VOID}. 182 and 183 mean the stuff-only pixelmaps, without things: use {source}"
-    return [mask_split(COCO_CLASSES, pair_up(root / part, masks / part), COCO_TABLE, hint) for part in parts]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Folders of files
+        images, masks = root / part, root / "stuffthingmaps" / part
+        if not masks.is_dir():
+            raise InputError(f"coco_stuff: {masks} is missing; unpack {source} into {masks.parent}")
+        with unpacked("coco_stuff", root, images, f"http://images.cocodataset.org/zips/{part}.zip", md5, download):
+            splits.append(mask_split(COCO_CLASSES, pair_up(images, masks), COCO_TABLE))
+    return splits
 
 
 def class_folders(root):
     """train/<class>/* and val/<class>/*; classes in sorted order."""
-    classes, samples = {"train": [], "val": []}, {"train": [], "val": []}
-    passed_over = []
-    for part in classes:
-        if not (root / part).is_dir():
-            raise InputError(f"--data-root {root}: {part}/ is missing; needed are {{train,val}}/<class>/*, or for "
-                             "segmentation images/{train,val}/*, masks/{train,val}/*.png")  # fmt: skip
-        paths = visible(root / part)
-        classes[part] = [path.name for path in paths if path.is_dir()]
-        passed_over += [path for path in paths if not path.is_dir()]  # images too
-    if len(classes["train"]) < 2:
-        raise InputError(f"{root / 'train'} has {len(classes['train'])} class folders; needed are two at least")
-    if not classes["val"]:
-        raise InputError(f"{root / 'val'} has no class folders; put its images into val/<class>/")
-    for part, names in classes.items():
-        for name in names:
-            folder = root / part / name
-            if name not in classes["train"]:
+    classes = [path.name for path in visible(root / "train") if path.is_dir()]
+    samples, passed_over = {"train": [], "val": []}, []
+    for part in samples:
+        for folder in visible(root / part):
+            if not folder.is_dir():  # an image too
+                passed_over.append(folder)
+                continue
+            if folder.name not in classes:
                 raise InputError(f"{folder}: no such class in {root / 'train'}; rename or remove it")
-            paths = visible(folder)
-            images = [str(path) for path in paths if is_image(path)]
+            images, label = image_files(folder), classes.index(folder.name)
             if not images:
                 raise InputError(f"{folder} holds no image; add some or remove it")
-            label = classes["train"].index(name)
             samples[part] += [(image, label) for image in images]
-            passed_over += [path for path in paths if not is_image(path)]
-    warnings = about_passed_over(passed_over)
-    unseen = [name for name in classes["train"] if name not in classes["val"]]
+            passed_over += [path for path in visible(folder) if not is_image(path)]
+    if len(classes) < 2 or not samples["val"]:
+        raise InputError(f"--data-root {root}: class folders are missing; needed are {{train,val}}/<class>/*, two at "
+                         "least, or for segmentation images/{train,val}/*, masks/{train,val}/*.png")  # fmt: skip
+    warnings, seen = about_passed_over(passed_over), {label for _, label in samples["val"]}
+    unseen = [name for label, name in enumerate(classes) if label not in seen]
     if unseen:
         warnings.append(f"classes without validation images: {', '.join(unseen)}")
-    return [file_split(classes["train"], samples[part], warnings) for part in classes]
+    return [file_split(classes, samples[part], warnings) for part in samples]
 
 
 def file_split(classes, samples, warnings=()):
     """A split of (image file, class)."""
     files = np.array([file for file, _ in samples])  # which workers share
     targets = [target for _, target in samples]
-    return Split(classes, len(files), lambda i: (read_image(str(files[i])), targets[i]), warnings=warnings)
+    return Split(classes, len(files), lambda i: (read_image(files[i]), targets[i]), warnings=warnings, files=files)
 
 
 def mask_folders(root):
     """A user's own scenes: images/{train,val}/*, masks/{train,val}/*.png; class names one a line in classes.txt, or as
     many numbers as the masks use."""
-    pairs = {part: pair_up(root / "images" / part, root / "masks" / part) for part in ("train", "val")}
-    folders = [root / kind / part for kind in ("images", "masks") for part in pairs]
-    warnings = about_passed_over(path for folder in folders for path in visible(folder) if not is_image(path))
+    folders = [(root / "images" / part, root / "masks" / part) for part in ("train", "val")]
+    pairs = [pair_up(images, masks) for images, masks in folders]
+    paths = [path for images, masks in folders for path in visible(images) + visible(masks)]
+    warnings = about_passed_over([path for path in paths if not is_image(path)])
     where = root / "classes.txt"
     if where.is_file():
         classes = [line.strip() for line in where.read_text("utf-8-sig", "replace").splitlines() if line.strip()]
     else:
         where = root / "masks"
-        labels = labels_in([mask for part in pairs.values() for _, mask in part])
+        with ThreadPoolExecutor() as pool:
+            found = list(pool.map(lambda pair: np.unique(read_labels(pair[1])), pairs[0] + pairs[1]))
+        labels = set(np.concatenate(found).tolist()) - {VOID}
         classes = [f"class {i}" for i in range(max(labels, default=-1) + 1)]
         unused = [str(i) for i in range(len(classes)) if i not in labels]
         if unused:
@@ -411,28 +366,22 @@ def mask_folders(root):
     if not 2 <= len(classes) <= VOID or len(set(classes)) < len(classes):
         raise InputError(f"{where}: {len(classes)} classes ({', '.join(classes[:3])}, ...); needed are 2 to {VOID} "
                          f"different ones, with indices from 0 ({VOID} is void)")  # fmt: skip
-    table = label_table({i: i for i in (*range(len(classes)), VOID)})
-    return [mask_split(classes, pairs[part], table, warnings=warnings) for part in pairs]
+    table = label_table(range(len(classes)))
+    return [mask_split(classes, part, table, warnings=warnings) for part in pairs]
 
 
-def labels_in(masks):
-    """The set of labels in mask files, without void."""
-    with ThreadPoolExecutor() as pool:
-        labels = pool.map(lambda mask: np.unique(read_labels(mask)).tolist(), masks)
-        return set().union(*labels) - {VOID}
-
-
-def mask_split(classes, pairs, table, hint="", warnings=()):
+def mask_split(classes, pairs, table, warnings=()):
     """A split of (image file, mask file); `table` turns a mask's labels into class indices."""
     files = np.array(pairs)
-    hint = hint or f"labels are 0 to {len(classes) - 1}, and {VOID} for void; correct the mask or the list of classes"
 
     def read(i):
-        image_file, mask_file = map(str, files[i])
+        image_file, mask_file = files[i]
         labels = read_labels(mask_file)
         mask = np.where((labels >= 0) & (labels < 256), table[labels & 255], -1)
         if (mask < 0).any():
-            raise InputError(f"mask {mask_file} has label {labels[mask < 0].max()}; {hint}")
+            highest = np.flatnonzero(table[:VOID] >= 0)[-1]
+            raise InputError(f"mask {mask_file} has label {labels[mask < 0].max()}; labels are 0 to {highest}, and "
+                             f"{VOID} for void; correct the mask or the list of classes")  # fmt: skip
         size = mask.shape[::-1]
         image = read_image(image_file)
         if image.size != size:  # the mask may have been drawn over the image as it is stored
@@ -441,12 +390,13 @@ def mask_split(classes, pairs, table, hint="", warnings=()):
             raise InputError(f"mask {mask_file} is {size} pixels, its image {image.size}; make them equal")
         return image, mask.astype(np.uint8)
 
-    return Split(classes, len(files), read, masks=True, warnings=warnings)
+    return Split(classes, len(files), read, masks=True, warnings=warnings, files=files[:, 0])
 
 
 def about_passed_over(paths):
     """A list of one warning, or of none where nothing was passed over."""
-    counts = count_suffixes(paths)
-    if not counts:
+    if not paths:
         return []
-    return [f"passed over: {counts}; images are read from the lowest folders alone, as {' '.join(IMG_EXTENSIONS)}"]
+    counts = Counter("folder(s)" if path.is_dir() else path.suffix.lower() or "without suffix" for path in paths)
+    found = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+    return [f"passed over: {found}; images are read from the lowest folders alone, as {' '.join(IMG_EXTENSIONS)}"]

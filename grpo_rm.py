@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.backbone import load_backbone, load_strictly
 from common.checkpoint import Run, read_config
-from common.transforms import input_transform
+from common.images import input_transform
 
 VALUES_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}  # of a map: what fits a CPU's cache; few launches on a GPU
 

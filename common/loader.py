@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from common.cli import InputError
 from common.distributed import all_reduce, progress
-from common.transforms import flip_pairs, pad_crop_flip, random_crop, resize_mask, square, stretch, to_input
+from common.images import pad_crop_flip, random_crop, resize_mask, square, stretch, to_input
 
 VOID = 255  # in masks: a pixel that takes no part
 RESIDENT_BYTES = 4 * 2**30
@@ -47,14 +47,16 @@ class Loader:
         self.world = world
         self.augment = augment
         self.native = native
-        self.sides = sides or [args.crop_size]  # of decoded images
-        self.input_sides = sides or [args.image_size]
+        self.sides = sides or [args.image_size]
         self.resized_crop = augment and args.resized_crop
-        self.pad = 0 if self.resized_crop else args.crop_size // 8  # 4 pixels for CIFAR, 8 for Tiny-ImageNet
-        target_bytes = args.map_size**2 if split.masks else 8
-        split_bytes = len(split) * (sum(3 * side**2 for side in self.sides) + target_bytes)
-        streams = native or self.resized_crop or split_bytes > RESIDENT_BYTES
-        self.resident = None if streams else self.decode_all()
+        self.pad = args.crop_size // 8  # 4 pixels for CIFAR, 8 for Tiny-ImageNet
+        if self.resized_crop or split.masks:  # of scenes nothing is cut off
+            self.pad = 0
+        self.resident = None
+        first = self.decode(0)
+        split_bytes = len(split) * sum(part.nbytes for part in first)
+        if not native and not self.resized_crop and split_bytes <= RESIDENT_BYTES:
+            self.resident = self.decode_all(first)
 
     def __len__(self):
         """The number of steps in an epoch."""
@@ -69,12 +71,11 @@ class Loader:
         seed = self.args.seed
         order = torch.randperm(len(self.split), generator=random_generator(ORDER, seed, epoch))
         batches = order.split(self.args.batch_size)[start:]
-        own = [self.own_part(batch) for batch in batches]
-        decoded = self.pixels(own, key=(seed, epoch))
+        decoded = self.decoded([self.own_part(batch) for batch in batches], key=(seed, epoch))
         for step, (batch, (images, targets)) in enumerate(zip(batches, decoded, strict=True), start):
             if self.augment:
-                shifts, flips = self.draw_augmentation(epoch, step, len(batch))
-                images, targets = self.augmented(images, targets, self.own_part(shifts), self.own_part(flips))
+                generator = random_generator(AUGMENT, seed, epoch, step)
+                images, targets = self.augmented(images, targets, len(batch), generator)
             if self.world.rank >= len(batch):
                 targets = torch.full_like(targets, -100)
             yield to_input(images, self.args.image_size), targets
@@ -86,19 +87,15 @@ class Loader:
             return batch[:1]
         return batch.tensor_split(self.world.size)[self.world.rank]
 
-    def draw_augmentation(self, epoch, step, count):
-        """Shifts (count, 2) and flips (count,) of a global batch: the same whatever the number of ranks."""
-        generator = random_generator(AUGMENT, self.args.seed, epoch, step)
+    def augmented(self, images, targets, count, generator):
+        """Images (B, S, S, 3) and targets of this rank, shifted and flipped; masks are flipped with their images. Drawn
+        for all `count` samples of the global batch, and so the same whatever the number of ranks."""
         shifts = torch.randint(0, 2 * self.pad + 1, (count, 2), generator=generator)
         flips = torch.rand(count, generator=generator) < 0.5
-        return shifts, flips
-
-    def augmented(self, images, targets, shifts, flips):
-        """Images (B, S, S, 3) and targets, augmented; masks are flipped with their images, and nothing is cut off."""
-        flips = flips.to(images.device, non_blocking=True)
+        shifts, flips = (self.own_part(x).to(images.device, non_blocking=True) for x in (shifts, flips))
         if self.split.masks:
-            return flip_pairs(images, targets, flips)
-        return pad_crop_flip(images, shifts.to(images.device, non_blocking=True), flips, self.pad), targets
+            targets = torch.where(flips[:, None, None], targets.flip(2), targets)
+        return pad_crop_flip(images, shifts, flips, self.pad), targets
 
     def in_order(self, batch_size):
         """(indices, *images, targets) of every sample once. Whole batches are dealt to the ranks in turn, so a sample's
@@ -109,29 +106,32 @@ class Loader:
 
     def fetch(self, batches):
         """(*images, targets) of each list of samples."""
-        for *images, targets in self.pixels(batches):
-            yield *(to_input(x, side) for x, side in zip(images, self.input_sides, strict=True)), targets
+        for *images, targets in self.decoded(batches):
+            yield *(to_input(x, side) for x, side in zip(images, self.sides, strict=True)), targets
 
-    def pixels(self, batches, key=()):
-        """As `fetch`, but images are (B, S, S, 3) uint8, as decoded; `key` is for what is drawn at random there."""
-        for *images, targets in self.decoded(batches, key):
+    def decoded(self, batches, key=()):
+        """As `fetch`, but images are (B, S, S, 3) uint8; from the device's memory, or by workers. `key` is for what is
+        drawn at random."""
+        if self.resident is None:
+            found = self.by_workers(batches, key)
+        else:
+            own = (batch.to(self.world.device, non_blocking=True) for batch in batches)
+            found = ([part[indices] for part in self.resident] for indices in own)
+        for *images, targets in found:
             if self.split.masks and not self.native:
                 targets = targets.long().masked_fill_(targets == VOID, -100)
             yield *images, targets
 
-    def decoded(self, batches, key):
-        """The parts of each list of samples, as `decode` makes them: from the device's memory, or by workers."""
-        if self.resident is not None:
-            for batch in batches:
-                indices = batch.to(self.world.device, non_blocking=True)
-                yield [part[indices] for part in self.resident]
-            return
+    def by_workers(self, batches, key):
+        """The parts of each list of samples; masks as their files have them are a list."""
 
         def load(indices):
             try:
-                return self.stack([self.decode(i, key) for i in indices.tolist()])
+                *images, targets = zip(*[self.decode(i, key) for i in indices.tolist()], strict=True)
             except InputError as error:  # as a value: the DataLoader would wrap it into a traceback
                 return error
+            targets = list(targets) if self.native else torch.stack(targets)
+            return [*map(torch.stack, images), targets]
 
         options = {"num_workers": self.args.workers, "pin_memory": self.world.device.type == "cuda"}
         if self.args.workers:  # fork: functions cannot be pickled; setpgid: signals to the group are for the run
@@ -139,16 +139,7 @@ class Loader:
         for parts in DataLoader(list(batches), batch_size=None, collate_fn=load, **options):
             if isinstance(parts, InputError):
                 raise parts
-            *images, targets = parts
-            if not self.native:
-                targets = targets.to(self.world.device, non_blocking=True)
-            yield *(x.to(self.world.device, non_blocking=True) for x in images), targets
-
-    def stack(self, samples):
-        """The parts of samples as parts of a batch; masks as their files have them stay a list."""
-        *images, targets = zip(*samples, strict=True)
-        targets = list(targets) if self.native else torch.stack(targets)
-        return [*(torch.stack(x) for x in images), targets]
+            yield [x if isinstance(x, list) else x.to(self.world.device, non_blocking=True) for x in parts]
 
     def decode(self, i, key=()):
         """The parts of sample i: pixels (S, S, 3) uint8 for each side, and target or mask."""
@@ -164,18 +155,16 @@ class Loader:
             pixels = square(image, self.args.crop_size, self.args.resize_size)
         return [pixels, torch.tensor(target)]
 
-    def decode_all(self):
+    def decode_all(self, first):
         """Every part of all samples, stacked, on the device. Each rank decodes its share, adds zero to the others'."""
         world, count = self.world, len(self.split)
-        stores = [torch.zeros(count, *part.shape, dtype=part.dtype) for part in self.decode(0)]
-
-        def load(i):
-            for store, part in zip(stores, self.decode(i), strict=True):
-                store[i] = part
-
+        stores = [torch.zeros(count, *part.shape, dtype=part.dtype) for part in first]
         own = range(world.rank, count, world.size)
         with ThreadPoolExecutor(max(1, self.args.workers)) as pool:
-            list(progress(pool.map(load, own), "decode", world, len(own)))
+            decoded = progress(pool.map(self.decode, own), "decode", world, len(own))
+            for i, parts in zip(own, decoded, strict=True):
+                for store, part in zip(stores, parts, strict=True):
+                    store[i] = part
         stores = [store.to(world.device) for store in stores]
         all_reduce(*stores)
         return stores

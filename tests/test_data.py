@@ -1,8 +1,6 @@
 """Datasets, downloads, transforms, loaders: what is read, fetched and refused; batches are a function of the seed."""
 
 import argparse
-import os
-import pickle
 import shutil
 import time
 from functools import partial
@@ -23,7 +21,7 @@ from data import load_data, load_splits, resolve_dataset
 
 CLASSIFICATION, SEGMENTATION = TASKS = ("classification", "segmentation")
 CLASSES, MASKS, TINY = ("folder", "image_folder"), ("folder", "mask_folder"), ("tiny_imagenet", "tiny_imagenet")
-IMAGENET, COCO = ("imagenet", "tmp_path"), ("coco_stuff", "tmp_path")
+COCO, NO_CLASSES = ("coco_stuff", "tmp_path"), r"--data-root .*: class folders are missing; .*{train,val}/<class>/\*"
 ORIENTATION = 0x0112  # in EXIF; 6: to be turned by 90 degrees clockwise
 JPG, TWO, MISSING = "train/class1/0.jpg", "train/2.png", r"is missing or incomplete \(.*\); try again, or .*unpack "
 
@@ -71,7 +69,7 @@ def labels_of(name, i):
 
 
 def write_set(root, name):
-    """A dataset as its archives hold it, 3 training and 2 validation images; of CIFAR 2 in every batch."""
+    """A dataset as its archives hold it, 3 training and 2 validation images."""
     if name == "voc2012":
         home = root / "VOCdevkit" / "VOC2012"
         write(home / "ImageSets" / "Segmentation" / "train.txt", b"2007_0\n2007_1\n2007_2\n")
@@ -84,22 +82,9 @@ def write_set(root, name):
             write_pair(home / "images" / part, home / "annotations" / part, f"{i}", labels_of(name, i))
         names = ["Name", "wall", "building, edifice", *(f"thing{i}" for i in range(3, 151))]
         write(home / "objectInfo150.txt", "".join(f"{i}\t0.1\t1\t1\t{x}\n" for i, x in enumerate(names)).encode())
-    elif name == "coco_stuff":
+    else:
         for i, part in enumerate(["train2017"] * 3 + ["val2017"] * 2):
             write_pair(root / part, root / "stuffthingmaps" / part, f"{i}", labels_of(name, i), image_mode="L")
-    elif name == "stl10":
-        for part, count in (("train", 3), ("test", 2), ("unlabeled", 0)):
-            write(root / "stl10_binary" / f"{part}_X.bin", noise(0, count, 3, 96, 96).tobytes())  # column by column
-            write(root / "stl10_binary" / f"{part}_y.bin", bytes(i % 2 + 1 for i in range(count)))
-        write(root / "stl10_binary" / "class_names.txt", b"cat\ndog\n")
-    else:
-        files, fine = ["train", "test", "meta"], "fine_"
-        if name == "cifar10":
-            files, fine = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"], ""
-        home = root / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]
-        for file in files:
-            content = {"data": noise(0, 2, 3072), f"{fine}labels": [0, 1], f"{fine}label_names": ["cat", "dog"]}
-            write(home / file, pickle.dumps(content))
 
 
 @pytest.mark.parametrize("name", ["shapes", "shapes_seg"])
@@ -124,7 +109,7 @@ def test_label_tables_value_by_value():
     dropped, following = {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90, VOID}, iter(range(999))
     for label in range(256):
         assert data.VOC_TABLE[label] == (label if label < 21 or label == VOID else -1)
-        assert data.ADE20K_TABLE[label] == (VOID if label == 0 else label - 1 if label <= 150 else -1)
+        assert data.ADE20K_TABLE[label] == (VOID if label in (0, VOID) else label - 1 if label <= 150 else -1)
         assert data.COCO_TABLE[label] == (VOID if label in dropped else next(following) if label < 182 else -1)
     assert next(following) == 171 == len(data.COCO_CLASSES) == len(set(data.COCO_CLASSES))
     some = {0: "person", 12: "stop sign", 43: "bottle", 89: "toothbrush", 91: "banner", 105: "clouds", 181: "wood"}
@@ -186,24 +171,21 @@ def relabel(pattern, change, root, mode="L", suffix=".png"):
 
 
 @pytest.mark.parametrize(("dataset", "spoil", "message"), [
-    (CLASSES, remove("val"), "val/ is missing"),
-    (IMAGENET, remove(), r"put .* ILSVRC2012_img_train\.tar.* there"),
-    (CLASSES, remove("train/class[12]"), "1 class folders"),
+    (CLASSES, remove("val"), NO_CLASSES),
+    (("imagenet", "tmp_path"), remove(), NO_CLASSES),
+    (CLASSES, remove("train/class[12]", "val/class[12]"), NO_CLASSES),
     (CLASSES, put("val/other/0.jpg", b""), "val/other: no such class"),
     (CLASSES, remove("train/class1/*"), "train/class1 holds no image"),
     (CLASSES, remove("val/*/*"), "val/class0 holds no image"),
-    (CLASSES, remove("val/*"), "val has no class folders"),
-    (CLASSES, lambda root: (remove("val/*")(root), put("val/0.jpg", b"")(root)), "val has no class folders"),
-    (CLASSES, put(JPG, b""), r"train/class1/0\.jpg cannot be read"),
+    (CLASSES, lambda root: (remove("val/*")(root), put("val/0.jpg", b"")(root)), NO_CLASSES),
     (CLASSES, put("val/class1/0.jpg", b"no image"), r"val/class1/0\.jpg cannot be read"),
     (CLASSES, lambda root: write(root / JPG, (root / JPG).read_bytes()[:-99]), r"class1/0\.jpg cannot be read"),
     (CLASSES, lambda root: Image.new("F", (9, 9)).save(root / "val/class1/x.tiff"), r"x\.tiff .* \(32-bit numbers"),
-    (CLASSES, lambda root: Image.new("I", (9, 9)).save(root / "val/class1/x.tiff"), r"x\.tiff .* \(32-bit numbers"),
-    (MASKS, remove("masks/train/3.png"), r"images/train/3\.jpg has no "),
-    (MASKS, remove("images/val/3.jpg"), r"masks/val/3\.png has no "),
+    (MASKS, remove("masks/train/3.png"), r"images/train/3\.jpg: needed are one image 3\.\* .* and one mask 3\.\* "),
+    (MASKS, remove("images/val/3.jpg"), r"masks/val/3\.png: needed are one image"),
     (MASKS, remove("images/val", "masks/val"), "images/val holds no image"),
-    (MASKS, put("images/train/2.webp", b""), r"train/2\.jpg and .*train/2\.webp differ in their suffix alone"),
-    (MASKS, put("masks/val/2.bmp", b""), r"val/2\.bmp and .*val/2\.png differ in their suffix alone"),
+    (MASKS, put("images/train/2.webp", b""), r"train/2\.jpg and .*train/2\.webp and .*2\.png: needed"),
+    (MASKS, put("masks/val/2.bmp", b""), r"val/2\.bmp and .*val/2\.png: needed"),
     (MASKS, partial(relabel, TWO, lambda x: x[1:]), r"train/2\.png is \(62, 39\) pixels, its image \(62, 40\)"),
     (MASKS, partial(relabel, "val/2.png", lambda x: x + 1), r"val/2\.png has label 3; labels are 0 to 2, and 255"),
     (MASKS, partial(relabel, TWO, lambda x: x, mode="RGB"), r"train/2\.png cannot be read \(PNG RGB "),
@@ -216,7 +198,7 @@ def relabel(pattern, change, root, mode="L", suffix=".png"):
     (TINY, remove("*/train/n02/images/*_1.JPEG"), MISSING),
     (TINY, remove("*/val/val_annotations.txt"), MISSING),
     (COCO, remove("stuffthingmaps"), r"is missing; unpack .*stuffthingmaps_trainval2017\.zip"),
-    (COCO, lambda root: write_mask(root / "stuffthingmaps/train2017/0.png", [[183]]), "label 183; .* stuff-only"),
+    (COCO, lambda root: write_mask(root / "stuffthingmaps/train2017/0.png", [[183]]), "label 183; labels are 0 to 181"),
 ])  # fmt: skip
 def test_bad_folders_are_named_in_one_line(dataset, spoil, message, request, monkeypatch):
     name, fixture = dataset
@@ -273,7 +255,7 @@ def test_a_run_says_what_it_found(image_folder, mask_folder, capsys):
         write(image_folder / name, b"")
     remove("val/class0", "val/class2")(image_folder)
     passed_over, unseen = said(image_folder).err.splitlines()
-    assert passed_over.startswith("warning: passed over: 2 .heic, 1 .txt, 1 .jpg, 1 folder(s); images are read from")
+    assert passed_over.startswith("warning: passed over: 2 .heic, 1 folder(s), 1 .txt, 1 .jpg; images are read from")
     assert unseen == "warning: classes without validation images: class0, class2"
     write(mask_folder / "images/val/notes.txt", b"")
     write(mask_folder / "masks/train/0.json", b"")
@@ -286,35 +268,50 @@ def test_a_run_says_what_it_found(image_folder, mask_folder, capsys):
     assert said(mask_folder, other) == ("", "")
 
 
-ARCHIVES = {  # what is asked for: archives and their MD5 sums
-    "cifar10": "cifar-10-python.tar.gz c58f30108f718f92721af3b95e74349a",
-    "cifar100": "cifar-100-python.tar.gz eb9058c3a382ffc7106e4002c42a8d85",
-    "stl10": "stl10_binary.tar.gz 91f7769df0f17e558f3565bffb0c7dfb",
-    "voc2012": "VOCtrainval_11-May-2012.tar 6cd6e144f989b92b3379bac3b3de84fd",
-    "ade20k": "ADEChallengeData2016.zip 7328b3957e407ddae1d3cbf487f149ef",
-    "coco_stuff": "train2017.zip cced6f7f71b7629ddf16f17bbcfab6b2 val2017.zip 442b8da7639aecaf257c1dceb8ba8c80",
-}
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
+def test_sets_of_torchvision(name, tmp_path, monkeypatch):
+    """Which are fetched, checked and read there."""
+    shape = (3, 3, 96, 96) if name == "stl10" else (3, 32, 32, 3)
+
+    def fake(self, root, part, download):
+        if not download:
+            raise RuntimeError("Dataset not found.\nand more")
+        self.data, self.targets, self.classes = noise(0, *shape), [0, 1, 0], ["cat", "dog"]
+        self.labels, self.transform, self.target_transform = np.array(self.targets), None, None
+        asked.append((root, part))
+
+    asked = []
+    monkeypatch.setattr(f"torchvision.datasets.{name.upper()}.__init__", fake)
+    with pytest.raises(InputError, match=r"Dataset not found\.\); leave out --no-download, or unpack .* there$"):
+        splits(name, tmp_path)
+    train, val = splits(name, tmp_path, download=True)
+    assert asked == [(str(tmp_path), part) for part in (("train", "test") if name == "stl10" else (True, False))]
+    image, target = train.read(1)
+    pixels = noise(0, *shape)[1]
+    assert np.array_equal(image, pixels.transpose(1, 2, 0) if name == "stl10" else pixels)
+    assert train.classes[target] == "dog" and len(train) == len(val) == 3
 
 
-@pytest.mark.parametrize("name", ARCHIVES)
-def test_missing_sets_are_fetched_from_their_publishers_once(name, tmp_path, monkeypatch):
-    asked, expected, failures = [], ARCHIVES[name].split(), ["File not found or corrupted.\nand more"]
+@pytest.mark.parametrize(("name", "archives", "table", "classes"), [
+    ("voc2012", "VOCtrainval_11-May-2012.tar 6cd6e144f989b92b3379bac3b3de84fd", data.VOC_TABLE, 21),
+    ("ade20k", "ADEChallengeData2016.zip 7328b3957e407ddae1d3cbf487f149ef", data.ADE20K_TABLE, 150),
+    ("coco_stuff", "train2017.zip cced6f7f71b7629ddf16f17bbcfab6b2 val2017.zip 442b8da7639aecaf257c1dceb8ba8c80",
+     data.COCO_TABLE, 171),
+])  # fmt: skip
+def test_missing_sets_are_fetched_from_their_publishers_once(name, archives, table, classes, tmp_path, monkeypatch):
+    asked, expected, failures = [], archives.split(), ["File not found or corrupted.\nand more"]
 
-    def fetch(url, root, extract_root=None, filename=None, md5=None):
+    def fetch(url, root, extract_root, md5):
         asked.extend([url.rpartition("/")[2], md5])
         if failures:
             raise RuntimeError(failures.pop())
-        write_set(Path(extract_root or root), name)
+        write_set(Path(extract_root), name)
 
     monkeypatch.setattr(data, "download_and_extract_archive", fetch)
-    for module in ("cifar", "stl10"):  # of torchvision, which knows the MD5 sums of the files, too
-        monkeypatch.setattr(f"torchvision.datasets.{module}.download_and_extract_archive", fetch)
-        whole = f"torchvision.datasets.{module}.check_integrity"
-        monkeypatch.setattr(whole, lambda file, md5=None: os.path.isfile(file))
     if name == "coco_stuff":  # masks have no published checksum and are left to the user
         write_set(tmp_path, name)
         remove("train2017", "val2017")(tmp_path)
-    with pytest.raises(InputError, match=rf"^{name}.* missing .*; leave out --no-download, or unpack .*{expected[0]}"):
+    with pytest.raises(InputError, match=rf"^{name} .*missing .*; leave out --no-download, or unpack .*{expected[0]}"):
         splits(name, tmp_path)
     assert not asked
     with pytest.raises(InputError, match=r"\(File not found or corrupted\.\); try again, or unpack [^\n]+$"):
@@ -324,18 +321,12 @@ def test_missing_sets_are_fetched_from_their_publishers_once(name, tmp_path, mon
         train, val = splits(name, tmp_path, download=download)
         assert asked == expected
     image, target = train.read(1)
-    assert (len(train), len(val), image.mode) == ({"cifar10": 10, "cifar100": 2}.get(name, 3), 2, "RGB")
-    if train.masks:
-        table = {"voc2012": data.VOC_TABLE, "ade20k": data.ADE20K_TABLE, "coco_stuff": data.COCO_TABLE}[name]
-        assert np.array_equal(target, table[labels_of(name, 1)]) and (target.dtype, image.size) == (np.uint8, (51, 37))
-        assert len(train.classes) == len(set(train.classes)) == {"voc2012": 21, "ade20k": 150, "coco_stuff": 171}[name]
-        assert name != "ade20k" or (train.classes[0] == "wall" and train.classes[1].startswith("building"))
-    else:
-        stl10, cifar = noise(0, 3, 3, 96, 96)[1].transpose(2, 1, 0), noise(0, 2, 3, 32, 32)[1].transpose(1, 2, 0)
-        assert np.array_equal(image, stl10 if name == "stl10" else cifar) and train.classes[target] == "dog"
+    assert (len(train), len(val), image.mode, image.size, target.dtype) == (3, 2, "RGB", (51, 37), np.uint8)
+    assert np.array_equal(target, table[labels_of(name, 1)]) and len({*train.classes}) == len(train.classes) == classes
+    assert name != "ade20k" or (train.classes[0] == "wall" and train.classes[1].startswith("building"))
 
 
-@pytest.mark.parametrize("reason", ["No such file", "File not found or corrupted", "no space left"])
+@pytest.mark.parametrize("reason", ["File not found or corrupted", "no space left"])
 def test_a_set_is_whole_or_absent(reason, tiny_imagenet, tmp_path, monkeypatch):
     """Fetched from a directory instead of the official server."""
     archive = Path(shutil.make_archive(tmp_path / "published" / "tiny", "zip", tiny_imagenet, "tiny-imagenet-200"))
@@ -357,9 +348,7 @@ def test_a_set_is_whole_or_absent(reason, tiny_imagenet, tmp_path, monkeypatch):
         splits("tiny_imagenet", root)
     assert not asked and not root.exists()
     with monkeypatch.context() as patch:
-        if reason == "No such file":
-            archive.unlink()
-        elif reason == "File not found or corrupted":
+        if reason == "File not found or corrupted":
             archive.write_bytes(whole + b"\0")
         else:
             patch.setattr("zipfile.ZipFile.extractall", extract_some)

@@ -9,7 +9,8 @@ from conftest import CPU
 from PIL import Image
 from test_data import ORIENTATION, SEGMENTATION, arguments, equal, noise, splits
 
-from common import distributed, transforms
+from common import distributed
+from common.images import MEAN, STD, input_transform, pad_crop_flip, resize_mask, to_input, to_rgb
 from common.loader import VOID, Loader
 from data import Split
 
@@ -69,7 +70,7 @@ def test_void_is_ignored_in_batches_and_stays_in_native_masks():
     masks = [torch.tensor(split.read(i)[1]) for i in range(6)]
     ((_, _, native),) = Loader(split, args, CPU, native=True).in_order(6)
     assert equal(native, masks) and native[0].dtype == torch.uint8
-    small = torch.stack([transforms.resize_mask(mask, 12) for mask in masks]).long()
+    small = torch.stack([resize_mask(mask, 12) for mask in masks]).long()
     ((_, _, targets),) = Loader(split, args, CPU).in_order(6)
     assert equal(targets, torch.where(small == VOID, -100, small)) and (targets == -100).any()
 
@@ -79,7 +80,7 @@ def test_image_and_mask_are_flipped_together():
     masks = noise(0, 20, 28, 28, high=200)
     split = Split(["a"] * 200, 20, lambda i: (Image.fromarray(masks[i]).convert("RGB"), masks[i]), masks=True)
     loader = Loader(split, arguments("voc2012", map_size=28), CPU, augment=True)
-    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (transforms.MEAN, transforms.STD))
+    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     images, targets = (torch.cat(parts) for parts in zip(*loader.epoch(0), strict=True))
     assert torch.equal((images * std + mean).round().long(), targets[:, None].expand(-1, 3, -1, -1))
     original = {mask.tobytes() for mask in masks}
@@ -89,22 +90,16 @@ def test_image_and_mask_are_flipped_together():
 def test_pad_crop_flip_against_a_loop():
     pixels, shifts = torch.tensor(noise(0, 12, 8, 8, 3)), torch.tensor(noise(1, 12, 2, high=5).astype(int))
     flips = torch.arange(12) % 2 == 0
-    result = transforms.pad_crop_flip(pixels, shifts, flips, 2)
+    result = pad_crop_flip(pixels, shifts, flips, 2)
     for i, (row, column) in enumerate(shifts.tolist()):
         window = np.pad(pixels[i].numpy(), ((2, 2), (2, 2), (0, 0)))[row : row + 8, column : column + 8]
         assert np.array_equal(result[i], window[:, ::-1] if flips[i] else window)
 
 
-def test_inputs_have_imagenets_mean_and_std():
-    images = transforms.to_input(torch.tensor([255, 0, 124], dtype=torch.uint8).expand(1, 30, 30, 3), 42)
-    expected = (torch.tensor([255, 0, 124]) / 255 - torch.tensor(transforms.MEAN)) / torch.tensor(transforms.STD)
-    torch.testing.assert_close(images, expected[:, None, None].expand(1, 3, 42, 42))
-
-
 @pytest.mark.parametrize(("size", "side"), [((37, 50), 16), ((8, 8), 8), ((5, 7), 12)])
 def test_masks_are_resized_to_the_label_at_the_centre(size, side):
     mask = torch.tensor(noise(0, *size))
-    result = transforms.resize_mask(mask, side)
+    result = resize_mask(mask, side)
     for i, j in np.ndindex(side, side):
         assert result[i, j] == mask[int((i + 0.5) * size[0] / side), int((j + 0.5) * size[1] / side)]
 
@@ -115,7 +110,7 @@ def test_imagenet_validation_is_the_centre_of_a_larger_resize():
     loader = Loader(Split(["a", "b"], 1, lambda i: (image, 0)), arguments("imagenet"), CPU)
     ((_, images, _),) = loader.in_order(4)
     expected = image.resize((48, 32), Image.Resampling.BICUBIC).crop((10, 2, 38, 30))
-    assert torch.equal(images, transforms.to_input(torch.tensor(np.asarray(expected))[None], 28))
+    assert torch.equal(images, to_input(torch.tensor(np.asarray(expected))[None], 28))
     loader.resized_crop = True  # as with augmentation: drawn for a sample in an epoch
     crops = [loader.decode(i, key=(1, epoch))[0] for i, epoch in ((0, 0), (1, 0), (0, 1))]
     assert len({crop.numpy().tobytes() for crop in crops}) == 3
@@ -130,8 +125,7 @@ def test_the_transform_of_a_run_is_the_loaders(dataset):
     images = [Image.fromarray(pixels), turned, Image.fromarray(noise(1, 40, 61)).convert("P")]
     images += [Image.fromarray(noise(2, 40, 61).astype(np.uint16) * 257)]
     masks, mask = args.task == SEGMENTATION, np.zeros((4, 4), np.uint8)
-    split = Split(["a", "b"], 4, lambda i: (transforms.to_rgb(images[i]), mask if masks else 0), masks)
+    split = Split(["a", "b"], 4, lambda i: (to_rgb(images[i]), mask if masks else 0), masks)
     ((_, expected, _),) = Loader(split, args, CPU).in_order(4)
-    transform = transforms.input_transform(vars(args))
-    assert torch.equal(torch.stack([transform(image) for image in images]), expected)
+    assert torch.equal(torch.stack([*map(input_transform(vars(args)), images)]), expected)
     assert torch.equal(expected[0], expected[1]) and turned.size == (40, 61)
