@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from torchvision.models.segmentation import FCN_ResNet50_Weights
 from common.cli import InputError, first_line
 from common.demo import SHAPES, draw_scene, draw_shape
 from common.distributed import in_turn
-from common.images import image_files, is_image, pair_up, read_image, read_labels, visible
+from common.images import image_files, pair_up, read_image, read_labels, visible
 from common.loader import VOID, WRONG_LABELS
 
 
@@ -314,23 +315,20 @@ def coco_stuff(root, download):
 def class_folders(root):
     """train/<class>/* and val/<class>/*; classes in sorted order."""
     classes = [path.name for path in visible(root / "train") if path.is_dir()]
-    samples, passed_over = {"train": [], "val": []}, []
+    samples = {"train": [], "val": []}
     for part in samples:
-        for folder in visible(root / part):
-            if not folder.is_dir():  # an image too
-                passed_over.append(folder)
-                continue
+        for folder in filter(Path.is_dir, visible(root / part)):
             if folder.name not in classes:
                 raise InputError(f"{folder}: no such class in {root / 'train'}; rename or remove it")
             images, label = image_files(folder), classes.index(folder.name)
             if not images:
                 raise InputError(f"{folder} holds no image; add some or remove it")
             samples[part] += [(image, label) for image in images]
-            passed_over += [path for path in visible(folder) if not is_image(path)]
     if len(classes) < 2 or not samples["val"]:
         raise InputError(f"--data-root {root}: class folders are missing; needed are {{train,val}}/<class>/*, two at "
                          "least, or for segmentation images/{train,val}/*, masks/{train,val}/*.png")  # fmt: skip
-    warnings, seen = about_passed_over(passed_over), {label for _, label in samples["val"]}
+    warnings = about_passed_over(root, samples, [file for part in samples.values() for file, _ in part])
+    seen = {label for _, label in samples["val"]}
     unseen = [name for label, name in enumerate(classes) if label not in seen]
     if unseen:
         warnings.append(f"classes without validation images: {', '.join(unseen)}")
@@ -349,8 +347,7 @@ def mask_folders(root):
     many numbers as the masks use."""
     folders = [(root / "images" / part, root / "masks" / part) for part in ("train", "val")]
     pairs = [pair_up(images, masks) for images, masks in folders]
-    paths = [path for images, masks in folders for path in visible(images) + visible(masks)]
-    warnings = about_passed_over([path for path in paths if not is_image(path)])
+    warnings = about_passed_over(root, ["images", "masks"], [file for part in pairs for pair in part for file in pair])
     where = root / "classes.txt"
     if where.is_file():
         classes = [line.strip() for line in where.read_text("utf-8-sig", "replace").splitlines() if line.strip()]
@@ -393,10 +390,12 @@ def mask_split(classes, pairs, table, warnings=()):
     return Split(classes, len(files), read, masks=True, warnings=warnings, files=files[:, 0])
 
 
-def about_passed_over(paths):
-    """A list of one warning, or of none where nothing was passed over."""
-    if not paths:
+def about_passed_over(root, folders, files):
+    """A list of one warning, on what is in these folders of `root` and none of the `files` that are read; of none where
+    there is no such thing. Hidden files are left alone."""
+    found = [os.path.join(root, path) for x in folders for path in glob(f"{x}/**/*.*", root_dir=root, recursive=True)]
+    counts = Counter(Path(path).suffix.lower() for path in sorted({*found} - {*files}) if os.path.isfile(path))
+    if not counts:
         return []
-    counts = Counter("folder(s)" if path.is_dir() else path.suffix.lower() or "without suffix" for path in paths)
-    found = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
-    return [f"passed over: {found}; images are read from the lowest folders alone, as {' '.join(IMG_EXTENSIONS)}"]
+    passed_over = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+    return [f"passed over: {passed_over}; images are read from the lowest folders alone, as {' '.join(IMG_EXTENSIONS)}"]

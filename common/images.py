@@ -24,14 +24,9 @@ def visible(folder):
     return sorted(folder.glob("[!.]*"))
 
 
-def is_image(path):
-    """Whether the suffix is one of an image."""
-    return path.suffix.lower() in IMG_EXTENSIONS
-
-
 def image_files(folder):
     """The files of the images right in `folder`, sorted by name."""
-    return [str(path) for path in visible(folder) if is_image(path)]
+    return [str(path) for path in visible(folder) if path.suffix.lower() in IMG_EXTENSIONS]
 
 
 def pair_up(images, masks):

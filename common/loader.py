@@ -42,21 +42,14 @@ class Loader:
     """
 
     def __init__(self, split, args, world, *, augment=False, sides=None, native=False):
-        self.split = split
-        self.args = args
-        self.world = world
-        self.augment = augment
-        self.native = native
+        self.split, self.args, self.world = split, args, world
+        self.augment, self.native = augment, native
         self.sides = sides or [args.image_size]
         self.resized_crop = augment and args.resized_crop
-        self.pad = args.crop_size // 8  # 4 pixels for CIFAR, 8 for Tiny-ImageNet
-        if self.resized_crop or split.masks:  # of scenes nothing is cut off
-            self.pad = 0
-        self.resident = None
+        self.pad = 0 if self.resized_crop or split.masks else args.crop_size // 8  # 4 for CIFAR, 8 for Tiny-ImageNet
         first = self.decode(0)
-        split_bytes = len(split) * sum(part.nbytes for part in first)
-        if not native and not self.resized_crop and split_bytes <= RESIDENT_BYTES:
-            self.resident = self.decode_all(first)
+        streams = native or self.resized_crop or len(split) * sum(part.nbytes for part in first) > RESIDENT_BYTES
+        self.resident = None if streams else self.decode_all(first)
 
     def __len__(self):
         """The number of steps in an epoch."""

@@ -255,7 +255,7 @@ def test_a_run_says_what_it_found(image_folder, mask_folder, capsys):
         write(image_folder / name, b"")
     remove("val/class0", "val/class2")(image_folder)
     passed_over, unseen = said(image_folder).err.splitlines()
-    assert passed_over.startswith("warning: passed over: 2 .heic, 1 folder(s), 1 .txt, 1 .jpg; images are read from")
+    assert passed_over.startswith("warning: passed over: 2 .heic, 2 .jpg, 1 .txt; images are read from")
     assert unseen == "warning: classes without validation images: class0, class2"
     write(mask_folder / "images/val/notes.txt", b"")
     write(mask_folder / "masks/train/0.json", b"")
