@@ -11,7 +11,7 @@ from test_data import ORIENTATION, SEGMENTATION, arguments, equal, noise, splits
 
 from common import distributed
 from common.images import MEAN, STD, input_transform, pad_crop_flip, resize_mask, to_input, to_rgb
-from common.loader import VOID, Loader
+from common.loader import Loader
 from data import Split
 
 
@@ -63,16 +63,6 @@ def test_in_order_deals_whole_batches(count, size):
             assert images.shape == (len(indices), 3, 28, 28) and targets.tolist() == [i % 10 for i in indices]
             seen.append(indices.tolist())
     assert sorted(seen) == [list(range(i, min(i + 8, count))) for i in range(0, count, 8)]
-
-
-def test_void_is_ignored_in_batches_and_stays_in_native_masks():
-    split, args = splits("shapes_seg")[0].subset(range(6)), arguments("shapes_seg")
-    masks = [torch.tensor(split.read(i)[1]) for i in range(6)]
-    ((_, _, native),) = Loader(split, args, CPU, native=True).in_order(6)
-    assert equal(native, masks) and native[0].dtype == torch.uint8
-    small = torch.stack([resize_mask(mask, 12) for mask in masks]).long()
-    ((_, _, targets),) = Loader(split, args, CPU).in_order(6)
-    assert equal(targets, torch.where(small == VOID, -100, small)) and (targets == -100).any()
 
 
 def test_image_and_mask_are_flipped_together():
