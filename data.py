@@ -184,12 +184,10 @@ def load_splits(name, root, task, *, download):
         classes = ["background", *SHAPES]
         return Split(classes, 2000, train, masks=True), Split(classes, 400, val, masks=True)
     root = Path(root)
-    if name == "folder" and task == "segmentation":
-        return mask_folders(root)
-    if name == "imagenet" and (root / "imagenet").is_dir():
-        root = root / "imagenet"
-    if name in ("folder", "imagenet"):
-        return class_folders(root)
+    if name == "folder":
+        return mask_folders(root) if task == "segmentation" else class_folders(root)
+    if name == "imagenet":
+        return imagenet(root, download)
     if name in ("cifar10", "cifar100", "stl10"):
         return torchvision_set(name, root, download)
     published = {"tiny_imagenet": tiny_imagenet, "voc2012": voc2012, "ade20k": ade20k, "coco_stuff": coco_stuff}
@@ -275,6 +273,18 @@ COCO_CLASSES = [name for name in MaskRCNN_ResNet50_FPN_Weights.DEFAULT.meta["cat
     "wall-concrete wall-other wall-panel wall-stone wall-tile wall-wood water-other waterdrops window-blind "
     "window-other wood"
 ).split()
+
+
+def imagenet(root, download):
+    """ImageNet-1k as class folders in `root` or root/imagenet, or from the official archives there, which torchvision
+    checks and unpacks."""
+    if (root / "imagenet").is_dir():
+        root = root / "imagenet"
+    if (root / "ILSVRC2012_img_val.tar").is_file() and not (root / "val").is_dir():
+        with available(f"imagenet in {root}", "remove train/ and val/ there", download):
+            for part in ("train", "val"):
+                datasets.ImageNet(str(root), split=part)
+    return class_folders(root)
 
 
 def voc2012(root, download):

@@ -328,6 +328,19 @@ def test_missing_sets_are_fetched_from_their_publishers_once(name, archives, tab
     assert name != "ade20k" or (train.classes[0] == "wall" and train.classes[1].startswith("building"))
 
 
+def test_imagenets_official_archives_are_unpacked_by_torchvision(image_folder, tmp_path, monkeypatch):
+    (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(b"")
+    parts = []
+
+    def unpack(root, split):
+        parts.append(split)
+        shutil.copytree(image_folder / split, Path(root) / split)
+
+    monkeypatch.setattr(data.datasets, "ImageNet", unpack)
+    assert [len(split) for split in splits("imagenet", tmp_path)] == [18, 6]
+    assert [len(split) for split in splits("imagenet", tmp_path)] == [18, 6] and parts == ["train", "val"]
+
+
 def test_archives_are_checked_and_unpacked(tiny_imagenet, tmp_path, monkeypatch):
     archive = shutil.make_archive(tmp_path / "published", "zip", tiny_imagenet, "tiny-imagenet-200")
     monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, max_hops: url)

@@ -117,13 +117,11 @@ def draw_scenes(groups, title, path):
 
 def save(figure, title, legend, columns, path):
     """Write PNG and PDF. legend: {label: line or patch}, drawn below the figure, which grows by its height."""
-    if max(len(label) for label in legend) > 40:
-        columns = 1  # more would not fit
     figure.set_figheight(figure.get_figheight() + 0.22 * math.ceil(len(legend) / columns))
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(title)
     for suffix in ("png", "pdf"):
-        figure.savefig(f"{path}.{suffix}", dpi=160)
+        figure.savefig(f"{path}.{suffix}", dpi=160, bbox_inches="tight")  # as wide as long names need
         print(f"wrote {path}.{suffix}")
     plt.close(figure)
 

@@ -1,0 +1,112 @@
+"""The labels of a run's training set that its policy believes least: a list to look through for wrong ones.
+
+    python -m tools.label_errors runs/mine                     a run of train_cls.py, best with a --ratio-floor of 3
+    python -m tools.label_errors runs/mine --top 200 --output suspects
+
+Writes label_errors.csv to --output, by default RUN_DIR/label_errors: file (or index), label and its probability under
+the policy, prediction and its probability, the least probable label first; and label_errors.png, the first --top of
+them as pictures. The policy has trained on these labels, so one that it has learnt by heart is not found. Where the run
+itself replaced labels (--label-noise) the tool prints how well they were found and how many were learnt by heart.
+"""
+
+import argparse
+import csv
+import math
+from pathlib import Path
+
+import torch
+from matplotlib import pyplot as plt
+from scipy import stats
+
+from common import cli, distributed
+from common.checkpoint import make_directory, read_config
+from common.loader import Loader
+from data import load_data
+from grpo_rm import load_policy
+
+
+def parse_args(argv):
+    parser = cli.ArgumentParser(__doc__)
+    parser.usage = "%(prog)s RUN_DIR [flags]"
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="what train_cls.py wrote")
+    parser.add_argument("--top", type=cli.whole(1), default=50, help="pictures on the sheet")
+    parser.add_argument("--output", metavar="DIR", type=Path, help="default: RUN_DIR/label_errors")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
+    return parser.parse_args(argv)
+
+
+@torch.inference_mode()
+def believe(policy, loader):
+    """The policy's probabilities (n, G) of all samples, in their order, and their labels (n,), on the CPU."""
+    probabilities, labels = [], []
+    for _, images, targets in loader.in_order(256):
+        probabilities.append(policy(images).softmax(1).cpu())
+        labels.append(targets.cpu())
+    return torch.cat(probabilities), torch.cat(labels)
+
+
+def report_on_replaced(doubt, predictions, labels, true_labels):
+    """Print what is known where the run replaced labels: how well `doubt` (n,), 1 - p(label), tells them from the
+    others, and what the policy predicts for both."""
+    replaced = labels != true_labels
+    count = int(replaced.sum())
+    repeats = (predictions == labels).double()
+    suspects = doubt.argsort(descending=True)[:count]
+    pairs = count * (len(labels) - count)
+    auroc = stats.mannwhitneyu(doubt[replaced], doubt[~replaced]).statistic / pairs
+    print(f"{count} labels were replaced: AUROC {auroc:.3f}, among the first {count} of the list "
+          f"{100 * replaced[suspects].double().mean():.1f} %")  # fmt: skip
+    print(f"the policy predicts {100 * repeats[replaced].mean():.1f} % of the replaced labels and "
+          f"{100 * repeats[~replaced].mean():.1f} % of the others")  # fmt: skip
+
+
+def draw_sheet(pictures, rows, path):
+    """The pictures, ten in a line, each with its row of the table: label and prediction, with their probabilities."""
+    lines = math.ceil(len(pictures) / 10)
+    figure, axes = plt.subplots(lines, 10, figsize=(16, 2.1 * lines), layout="constrained", squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, picture, (_, label, p, prediction, q) in zip(axes.flat, pictures, rows, strict=False):
+        axis.imshow(picture)
+        axis.set_title(f"{label} {p}\n-> {prediction} {q}", fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+@cli.stage
+def main(argv=None):
+    args = parse_args(argv)
+    plt.switch_backend("Agg")
+    policy, _, classes = load_policy(args.run_dir)
+    run = argparse.Namespace(**read_config(args.run_dir))
+    if run.task != "classification":
+        raise cli.InputError(f"{args.run_dir} is a run of segmentation; label_errors is for classification")
+    world = distributed.start_processes(args.device)
+    output = args.output or args.run_dir / "label_errors"
+    make_directory(output, "--output")
+    split, _ = load_data(run, world)
+    probabilities, labels = believe(policy.to(world.device), Loader(split, run, world))
+    best, predictions = probabilities.max(1)
+    of_label = probabilities.gather(1, labels[:, None])[:, 0]
+    order = of_label.argsort(stable=True).tolist()
+    rows = []
+    for i in order:
+        name = split.files[i] if split.files else i
+        label, prediction = classes[labels[i]], classes[predictions[i]]
+        rows.append([name, label, f"{of_label[i]:.4f}", prediction, f"{best[i]:.4f}"])
+    with open(output / "label_errors.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "label", "label_probability", "prediction", "prediction_probability"])
+        writer.writerows(rows)
+    pictures = [split.read(i)[0] for i in order[: args.top]]
+    draw_sheet(pictures, rows, output / "label_errors.png")
+    print(f"{len(rows)} labels, the least probable first -> {output}")
+    if run.label_noise:
+        run.label_noise = 0
+        clean, _ = load_data(run, world)
+        true_labels = torch.tensor([clean.read(index)[1] for index in range(len(clean))])
+        report_on_replaced(1 - of_label, predictions, labels, true_labels)
+
+
+if __name__ == "__main__":
+    main()
