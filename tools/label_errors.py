@@ -91,7 +91,7 @@ def main(argv=None):
     order = of_label.argsort(stable=True).tolist()
     rows = []
     for i in order:
-        name = split.files[i] if split.files else i
+        name = i if split.files is None else split.files[i]
         label, prediction = classes[labels[i]], classes[predictions[i]]
         rows.append([name, label, f"{of_label[i]:.4f}", prediction, f"{best[i]:.4f}"])
     with open(output / "label_errors.csv", "w", encoding="utf-8", newline="") as file:
