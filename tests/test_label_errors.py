@@ -69,4 +69,5 @@ def test_own_images_are_named_and_a_run_of_segmentation_is_refused(image_folder,
     assert "replaced" not in capsys.readouterr().out
     scenes = [*TINY, "--dataset", "shapes_seg", "--image-size", "28", "--map-size", "14", "--limit-train", "8"]
     train_seg.main([*scenes, "--batch-size", "8", "--epochs", "1", "--output-dir", str(tmp_path / "scenes")])
+    capsys.readouterr()
     assert "is a run of segmentation" in stderr_of(capsys, label_errors.main, tmp_path / "scenes")
