@@ -23,7 +23,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 
-from common.cli import InputError, first_line
+from common.cli import InputError, dataset_name, first_line
 from common.demo import SHAPES, draw_scene, draw_shape
 from common.distributed import in_turn
 from common.images import image_files, pair_up, read_image, read_labels, visible
@@ -96,11 +96,6 @@ def resolve_sizes(args):
     args.resized_crop = protocol.resized_crop
     if protocol.resized_crop:  # ImageNet's protocol: 256, cut to 224
         args.resize_size = round(args.image_size * 256 / 224)
-
-
-def dataset_name(args):
-    """The dataset as messages name it: a user's own is called after its folder."""
-    return Path(args.data_root).name if args.dataset == "folder" else args.dataset
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.cli import InputError, RunError, first_line
+from common.cli import InputError, RunError, dataset_name, first_line
 from common.distributed import Meter, in_turn, merge
 
 # These settings do not change what is learned. (Where a run starts from does: the report does not average over that.)
@@ -171,7 +171,7 @@ class Run:
         """The first lines of a run: what it does, and where it departs from the paper."""
         args, steps, floor = self.args, self.steps_per_epoch, f"{self.args.ratio_floor:g}"
         self.say(
-            f"{args.method} of {args.backbone} on {args.dataset}: {args.epochs} epochs of {steps} steps on "
+            f"{args.method} of {args.backbone} on {dataset_name(args)}: {args.epochs} epochs of {steps} steps on "
             f"{self.world.size} x {args.device}, amp {args.amp}, lr {args.lr:g} to {args.lr_end:g}",
             sys.stdout,
         )

@@ -26,6 +26,11 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
+def dataset_name(args):
+    """The dataset as messages name it: a user's own is called by its folder."""
+    return Path(args.data_root).name if args.dataset == "folder" else args.dataset
+
+
 def stage(main):
     """Decorates a script's main(argv): bad input ends it with one line and exit status 2, a loss that is not finite or
     a GPU without memory with 1, Ctrl-C with 130. Everything else is Python's own traceback."""

@@ -63,8 +63,7 @@ def write_result(path, args, result, summary):
     left_out = MAY_DIFFER_ON_RESUME - {"weights", "hub_repo", "data_root"}
     settings = {name: value for name, value in vars(args).items() if name not in left_out}
     write_json(path, settings | result)
-    name = Path(args.data_root).name if args.dataset == "folder" else args.dataset
-    print(f"{name} {args.method} seed {args.seed}: {summary} -> {path}")
+    print(f"{cli.dataset_name(args)} {args.method} seed {args.seed}: {summary} -> {path}")
 
 
 def percent(share):
