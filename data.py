@@ -163,8 +163,7 @@ def label_shifts(count, num_classes, share, seed):
     """(count,) how far each label is moved on: with probability `share` to another class drawn uniformly, else 0. A
     function of seed and sample alone; labels that are wrong at one share are so at every larger one."""
     draws = np.random.default_rng((WRONG_LABELS, seed)).random((count, 2))
-    others = num_classes - 1
-    shifts = 1 + (draws[:, 1] * others).astype(int)  # 1 to others
+    shifts = 1 + (draws[:, 1] * (num_classes - 1)).astype(int)  # 1 to num_classes - 1
     return np.where(draws[:, 0] < share, shifts, 0)
 
 

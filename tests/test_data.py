@@ -98,9 +98,6 @@ def test_drawn_sets_are_deterministic_and_balanced(name):
         return
     seen = np.bincount(np.concatenate([mask.ravel() for mask in targets]), minlength=256)
     assert (seen[:11] > 0).all() and seen[11:255].sum() == 0 and 0.02 < seen[VOID] / seen.sum() < 0.2
-    for axis in (0, 1):  # between a shape and the background there is void
-        one, other = (np.take(targets[3], range(i, 111 + i), axis) for i in (0, 1))
-        assert np.isin(other[one == 0], [0, VOID]).all() and np.isin(one[other == 0], [0, VOID]).all()
 
 
 def test_label_tables_value_by_value():
@@ -110,10 +107,10 @@ def test_label_tables_value_by_value():
         assert data.VOC_TABLE[label] == (label if label < 21 or label == VOID else -1)
         assert data.ADE20K_TABLE[label] == (VOID if label in (0, VOID) else label - 1 if label <= 150 else -1)
         assert data.COCO_TABLE[label] == (VOID if label in dropped else next(following) if label < 182 else -1)
-    assert next(following) == 171 == len(data.COCO_CLASSES) == len(set(data.COCO_CLASSES))
+    assert next(following) == 171
     some = {0: "person", 12: "stop sign", 43: "bottle", 89: "toothbrush", 91: "banner", 105: "clouds", 181: "wood"}
     assert all(data.COCO_CLASSES[data.COCO_TABLE[label]] == name for label, name in some.items())
-    assert len(data.VOC_CLASSES) == 21 and data.VOC_CLASSES[0] == "background" and data.VOC_CLASSES[15] == "person"
+    assert data.VOC_CLASSES[0] == "background" and data.VOC_CLASSES[15] == "person"
 
 
 def hide(root):
@@ -124,22 +121,26 @@ def hide(root):
         (folder / ".ipynb_checkpoints").mkdir()
 
 
-@pytest.mark.parametrize("name", ["folder", "imagenet", "tiny_imagenet"])
-def test_layouts_of_classification_sets(name, image_folder, tiny_imagenet, tmp_path):
-    tiny, root = name == "tiny_imagenet", tiny_imagenet if name == "tiny_imagenet" else image_folder
+def test_layout_of_tiny_imagenet(tiny_imagenet):
+    hide(tiny_imagenet)
+    train, val = splits("tiny_imagenet", tiny_imagenet)
+    assert train.classes == ["n03", "n01", "n02"]  # wnids.txt's order
+    assert [train.read(i)[1] for i in range(12)] == sorted([0, 1, 2] * 4) and len(train) == 12
+    assert [val.read(i)[1] for i in range(6)] == [0, 1, 2] * 2 and len(val) == 6
+
+
+@pytest.mark.parametrize(("name", "home"), [("folder", "."), ("imagenet", "."), ("imagenet", "imagenet")])
+def test_layout_of_folders_of_classes(name, home, image_folder, tmp_path):
     deep = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
     Image.fromarray(deep).save(image_folder / "train" / "class0" / "1.png")
-    hide(root)
-    train, val = splits(name, root)
-    assert train.classes == (["n03", "n01", "n02"] if tiny else ["class0", "class1", "class2"])  # wnids.txt's order
-    images, targets = zip(*map(train.read, range(len(train))), strict=True)
+    hide(image_folder)
+    shutil.copytree(image_folder, tmp_path / "root" / home)
+    train, val = splits(name, tmp_path / "root")
+    assert train.classes == ["class0", "class1", "class2"] and (len(train), len(val)) == (18, 6)
+    images, targets = zip(*map(train.read, range(18)), strict=True)
     assert {image.mode for image in images} == {"RGB"}  # grey and palette images too; 16 bits are scaled, not cut off
-    assert tiny or np.array_equal(images[1], (deep >> 8)[..., None].repeat(3, 2))
-    assert list(targets) == sorted([0, 1, 2] * (4 if tiny else 6))
-    assert [val.read(i)[1] for i in range(6)] == ([0, 1, 2] * 2 if tiny else [0, 0, 1, 1, 2, 2]) and len(val) == 6
-    if name == "imagenet":
-        shutil.move(image_folder, tmp_path / "root" / "imagenet")
-        assert [len(split) for split in splits("imagenet", tmp_path / "root")] == [18, 6]
+    assert np.array_equal(images[1], (deep >> 8)[..., None].repeat(3, 2)) and list(targets) == sorted([0, 1, 2] * 6)
+    assert [val.read(i)[1] for i in range(6)] == [0, 0, 1, 1, 2, 2]
 
 
 def test_layout_of_a_folder_with_masks(mask_folder):
@@ -224,10 +225,9 @@ def test_datasets_are_resolved(image_folder, mask_folder, monkeypatch):
     for expected in ("datasets", "elsewhere"):
         assert arguments("cifar10").data_root == expected
         monkeypatch.setenv("GRPO_RM_DATA", "elsewhere")
-    for dataset in ("shapes", "shapes_seg"):
-        assert arguments(dataset).data_root is None
-        with pytest.raises(InputError, match=f"--data-root x: {dataset} is drawn .*leave the flag out"):
-            arguments(dataset, "x")
+    assert arguments("shapes").data_root is None
+    with pytest.raises(InputError, match=r"--data-root x: shapes is drawn .*leave the flag out"):
+        arguments("shapes", "x")
 
 
 @pytest.mark.parametrize(("dataset", "given", "sizes"), [
@@ -390,9 +390,6 @@ def test_exif_orientation_is_applied_where_the_mask_fits(image_folder, mask_fold
     for image in (upright, stored):
         write_mask(mask_folder / "masks/train/0.png", image[..., 0] % 3)
         assert np.array_equal(splits("folder", mask_folder)[0].read(0)[0], image)
-    write_mask(mask_folder / "masks/train/0.png", np.zeros((20, 29)))
-    with pytest.raises(InputError, match=r"0\.png is \(29, 20\) pixels, its image \(30, 20\); make them equal"):
-        splits("folder", mask_folder)[0].read(0)
 
 
 def test_limits_keep_all_classes_and_a_fraction_is_the_seeds():
@@ -407,26 +404,22 @@ def test_limits_keep_all_classes_and_a_fraction_is_the_seeds():
     assert load(train_fraction=0.1, method="finetune") == some != load(train_fraction=0.1, seed=2)
 
 
-def test_wrong_labels_are_uniform_and_nested():
-    count, clean, earlier = 20000, np.arange(20000) % 10, np.zeros(20000, int)
+def test_wrong_labels_are_uniform():
+    count, clean = 20000, np.arange(20000) % 10
     draws = np.random.default_rng((4, 3)).random((count, 2))  # the study rests on these very numbers
     for share in (0.2, 0.4, 1):
         shifts = data.label_shifts(count, 10, share, seed=3)
         assert shifts.tolist() == [1 + int(9 * which) if chance < share else 0 for chance, which in draws]
-        assert np.array_equal(shifts[earlier > 0], earlier[earlier > 0])
         confusion = np.histogram2d(clean, (clean + shifts) % 10, 10)[0]
         expected = np.where(np.eye(10), count / 10 * (1 - share), count / 90 * share)
         assert (abs(confusion - expected) < 5 * expected**0.5 + 1e-9).all()
-        earlier = shifts
 
 
-@pytest.mark.parametrize(("dataset", "count", "num_classes"), [("shapes", 5000, 10), ("folder", 18, 3)])
-def test_label_noise_is_of_training_samples_before_limits(dataset, count, num_classes, image_folder):
-    root = image_folder if dataset == "folder" else None
-    clean, val = load_data(arguments(dataset, root, limit_train=12, limit_val=12), CPU)
-    noisy, noisy_val = load_data(arguments(dataset, root, limit_train=12, limit_val=12, label_noise=0.4), CPU)
-    kept = np.linspace(0, count - 1, 12).round().astype(int)
-    for i, shift in enumerate(data.label_shifts(count, num_classes, 0.4, seed=1)[kept]):
+def test_label_noise_is_of_training_samples_before_limits(image_folder):
+    clean, val = load_data(arguments("folder", image_folder, limit_train=12, limit_val=3), CPU)
+    noisy, noisy_val = load_data(arguments("folder", image_folder, limit_train=12, limit_val=3, label_noise=0.4), CPU)
+    kept = np.linspace(0, 17, 12).round().astype(int)
+    for i, shift in enumerate(data.label_shifts(18, 3, 0.4, seed=1)[kept]):
         (image, label), (same_image, noisy_label) = clean.read(i), noisy.read(i)
-        assert image == same_image and noisy_label == (label + shift) % num_classes
+        assert image == same_image == data.read_image(noisy.files[i]) and noisy_label == (label + shift) % 3
     assert everything(val) == everything(noisy_val)
