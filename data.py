@@ -306,13 +306,13 @@ def coco_stuff(root, download):
     have no published checksum and are left to the user."""
     source = "calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset/stuffthingmaps_trainval2017.zip"
     parts = {"train2017": "cced6f7f71b7629ddf16f17bbcfab6b2", "val2017": "442b8da7639aecaf257c1dceb8ba8c80"}
-    splits = []
+    splits, hint = [], f"182 and 183 mean the stuff-only pixelmaps, without things: use {source}"
     for part, md5 in parts.items():
         images, masks = root / part, root / "stuffthingmaps" / part
         if not masks.is_dir():
             raise InputError(f"coco_stuff: {masks} is missing; unpack {source} into {masks.parent}")
         with unpacked("coco_stuff", root, images, f"http://images.cocodataset.org/zips/{part}.zip", md5, download):
-            splits.append(mask_split(COCO_CLASSES, pair_up(images, masks), COCO_TABLE))
+            splits.append(mask_split(COCO_CLASSES, pair_up(images, masks), COCO_TABLE, hint=hint))
     return splits
 
 
@@ -371,7 +371,7 @@ def mask_folders(root):
     return [mask_split(classes, part, table, warnings=warnings) for part in pairs]
 
 
-def mask_split(classes, pairs, table, warnings=()):
+def mask_split(classes, pairs, table, warnings=(), hint="correct the mask or the list of classes"):
     """A split of (image file, mask file); `table` turns a mask's labels into class indices."""
     files = np.array(pairs)
 
@@ -382,7 +382,7 @@ def mask_split(classes, pairs, table, warnings=()):
         if (mask < 0).any():
             highest = np.flatnonzero(table[:VOID] >= 0)[-1]
             raise InputError(f"mask {mask_file} has label {labels[mask < 0].max()}; labels are 0 to {highest}, and "
-                             f"{VOID} for void; correct the mask or the list of classes")  # fmt: skip
+                             f"{VOID} for void; {hint}")  # fmt: skip
         size = mask.shape[::-1]
         image = read_image(image_file)
         if image.size != size:  # the mask may have been drawn over the image as it is stored
