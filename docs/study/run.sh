@@ -18,6 +18,8 @@ job() { # job NAME DATASET FLAGS... --seed N: post-train and evaluate
             train="--epochs 40 --warmup-epochs 0 --grad-accum 4 --amp bf16" ;;
         ti16/*)
             data+=" --limit-train 4000 --image-size 64 $vit_tiny16" train="--epochs 60 --batch-size 512 --amp bf16" ;;
+        noise/*)
+            data+=" --limit-train 2000 --image-size 64 --amp bf16 $vit_tiny16" train="--batch-size 256 --eval-every 3" ;;
         camvid/*)
             task=seg data+=" --image-size 224 --amp bf16 $vit_tiny16"
             train="--map-size 112 --epochs 20 --batch-size 16" ;;
@@ -35,6 +37,9 @@ job() { # job NAME DATASET FLAGS... --seed N: post-train and evaluate
         python eval_knn.py $data $weights --output "$run/eval_knn.json" || return
     else
         python eval_linear.py $data $weights $segmenter --output "$run/eval_linear.json" || return
+    fi
+    if [[ $name == noise/* && $name != noise/0/* ]]; then
+        python -m tools.label_errors "$run" || return
     fi
     if [[ $name == camvid_random/* ]]; then
         python eval_linear.py $data $weights $segmenter --features multiscale \
