@@ -98,6 +98,20 @@ def test_gradcheck(options):
     assert torch.autograd.gradcheck(lambda x: grpo_rm_loss(x, old, targets, **options)[0], (logits.requires_grad_(),))
 
 
+def test_gradient_equals_the_closed_form():
+    """dL/dlogits_i = p_i sum_j w_j - w_i with w = m rho A / (N c), m = 1 where the unclipped branch is active."""
+    logits, old, targets = random_case(n=50, c=9)
+    loss, stats = grpo_rm_loss(logits.requires_grad_(), old, targets)
+    loss.backward()
+    p, q = logits.detach().softmax(1), old.softmax(1)
+    advantages = group_advantages(accuracy_reward(targets, 9) + uniformity_reward(q, targets))
+    rho = p / q
+    active = torch.where(advantages > 0, rho <= 1.2, rho >= 0.8)
+    assert 0.05 < stats["clip_fraction"] < 0.95  # both branches are exercised
+    w = active * rho * advantages / (50 * 9)
+    torch.testing.assert_close(logits.grad, p * w.sum(1, keepdim=True) - w, atol=1e-15, rtol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_first_step_after_a_refresh(dtype):
     """rho = 1 everywhere, loss 0, gradient -A / (N c); nothing flows into the old policy."""
@@ -125,6 +139,19 @@ def test_two_classes_make_uniformity_irrelevant():
     _, old, targets = random_case(n=30, c=2)
     rewards = accuracy_reward(targets, 2) + uniformity_reward(old.softmax(1), targets)
     torch.testing.assert_close(group_advantages(rewards), 2 * nn.functional.one_hot(targets, 2).double() - 1)
+
+
+def test_reward_statistics_in_closed_form():
+    """Eqs. (3) + (4): mean (c - 1)/c, variance (c^2 - 2 c q_k + sum q^2)/c - mean^2."""
+    c = 7
+    _, old, targets = random_case(n=40, c=c)
+    q = old.softmax(1)
+    rewards = accuracy_reward(targets, c) + uniformity_reward(q, targets)
+    mean = (c - 1) / c
+    variance = (c**2 - 2 * c * q[torch.arange(40), targets] + q.square().sum(1)) / c - mean**2
+    torch.testing.assert_close(rewards.mean(1), torch.full((40,), mean, dtype=torch.float64))
+    torch.testing.assert_close(rewards.var(1, correction=0), variance)
+    assert accuracy_reward(targets, c).dtype == torch.float32
 
 
 def test_eq5_rewards_as_printed():
