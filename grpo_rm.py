@@ -344,4 +344,5 @@ def load_policy(run_dir):
     else:
         head = ClassificationHead(backbone.embed_dim, len(classes), hidden_dim)
     load_strictly(head, run_dir / "head.pth")
-    return Policy(backbone, head).eval(), input_transform(config), classes
+    policy = Policy(backbone, head).eval().requires_grad_(False)
+    return policy, input_transform(config), classes
