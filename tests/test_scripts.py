@@ -1,26 +1,20 @@
 """The scripts as a user starts them: each on a tiny budget, what each shows, and what each says to bad input."""
 
-import contextlib
 import importlib
 import itertools
 import os
-import pty
 import re
-import termios
 import zipfile
 
 import pytest
 import torch
-from conftest import CPU, DATA, ROOT, TINY, TWO, read_json, start, stderr_of, write_image
+from conftest import DATA, ROOT, TINY, TWO, read_json, start, stderr_of, write_image
 from soak_resume import read_log
 
-import data
 import eval_knn
 import eval_linear
 import train_cls
 import train_seg
-from common import cli
-from common.checkpoint import Run
 
 SHAPES = [*TINY, "--batch-size", "50", "--epochs", "1"]
 
@@ -31,46 +25,6 @@ def test_help_is_the_manual(script, capsys):
     with pytest.raises(SystemExit) as exit_:
         module.main(["--help"])
     assert exit_.value.code == 0 and module.__doc__.strip() in capsys.readouterr().out
-
-
-def test_the_progress_bar_counts_the_steps_of_the_whole_run(tmp_path):
-    """As a terminal of 100 columns shows it."""
-    master, slave = pty.openpty()
-    termios.tcsetwinsize(slave, (24, 100))
-    flags = [*TINY, "--batch-size", "20", "--epochs", "3", "--output-dir", tmp_path]  # 5 steps an epoch
-    process, shown = start("train_cls.py", *flags, stderr=slave, TQDM_MININTERVAL="0"), b""
-    os.close(slave)
-    with contextlib.suppress(OSError):  # the other end is closed
-        while True:
-            shown += os.read(master, 4096)
-    assert process.wait() == 0
-    bars = re.findall(r"epoch (\d)/3: +(\d+)%\|.*?\| (\d+)/15 \[", shown.decode())
-    steps = [int(step) for _, _, step in bars]
-    assert steps == sorted(steps) and {1, 5, 6, 10, 15} <= set(steps), shown
-    for epoch, percent, step in bars:
-        assert int(epoch) == (int(step) - 1) // 5 + 1 and int(percent) == round(int(step) * 100 / 15)
-    assert all(len(bar) <= 100 for bar in re.split(r"[\r\n]", shown.decode()) if "/15 [" in bar)
-
-
-@pytest.mark.parametrize(("method", "begins"), [
-    ("grpo_rm", "epoch 100/100  acc 98.8 %"),  # its loss and ratio say little: they are in the log
-    ("finetune", "epoch 100/100  loss 0.1235  acc 98.8 %"),
-])  # fmt: skip
-def test_epoch_lines_fit_100_columns(method, begins, tmp_path, capsys):
-    args = train_seg.parse_args(["--device", "cpu", "--method", method, "--output-dir", str(tmp_path)])
-    protocol = data.resolve_dataset(args, "segmentation")
-    cli.resolve_training_arguments(args, CPU, protocol, lr=train_seg.PAPER_LR)
-    args.classes = [f"class {i}" for i in range(171)]
-    run = Run(args, CPU, 463)
-    run.meter.add(463 * 256, {"loss": 0.12345, "accuracy": 0.98765, "max_ratio": 9.0, "grad_norm": 1.0, "finite": 1.0})
-    run.meter.add(1, {"images": 118287})
-    run.window_started -= 10  # seconds
-    run.log_steps(46300, 1e-7)
-    capsys.readouterr()
-    run.log_epoch(46300, 1e-7, {"val_pixel_acc": 93.98, "val_miou": 70.44})
-    (line,) = capsys.readouterr().out.splitlines()
-    rate = re.search(r"  \d+ img/s", line)[0]
-    assert line == f"{begins}{rate}  val pixel_acc 94.0  val miou 70.4" and len(line) <= 100
 
 
 @pytest.mark.parametrize(("module", "flags", "message"), [
@@ -106,6 +60,7 @@ def test_epoch_lines_fit_100_columns(method, begins, tmp_path, capsys):
     *((module, flags, message) for module in (eval_linear, eval_knn) for flags, message in (
         ("--weights {tmp}/other.pth", "/other.pth does not fit (Error(s) in loading state_dict for VitTiny: "),
         ("--weights {tmp}/text.pth", "{tmp}/text.pth cannot be loaded"),
+        ("--weights none.pth", "--weights none.pth: no such file"),
         ("--image-size 43", "--image-size 43 is no multiple of patch size 14"),
         ("--output {tmp}/text.pth/result.json", "--output: {tmp}/text.pth cannot be written"),
     )),
@@ -130,11 +85,10 @@ def test_an_unreadable_image_ends_every_stage(image_folder, tmp_path, capsys):
     assert not (tmp_path / "new" / "result").exists()
 
 
-@pytest.mark.parametrize("flags", ["--lr nan", "--dataset folder --data-root {tmp}"])
-def test_what_all_ranks_find_is_said_once_and_without_a_traceback(flags, tmp_path):
+def test_what_all_ranks_find_is_said_once_and_without_a_traceback(tmp_path):
     write_image(tmp_path / "train" / "only" / "0.png", 0)
     (tmp_path / "val").mkdir()
-    process = start("train_cls.py", *SHAPES, *flags.format(tmp=tmp_path).split(), launch=TWO)
+    process = start("train_cls.py", *SHAPES, "--dataset", "folder", "--data-root", tmp_path, launch=TWO)
     error = process.communicate(timeout=300)[1]
     assert process.returncode != 0 and error.count("train_cls.py: error: ") == 1, error
     assert not re.search(rf'\[rank 1\] error|File "{re.escape(str(ROOT))}/\w+\.py', error), error
@@ -149,19 +103,17 @@ def test_too_little_gpu_memory_is_one_line(tmp_path, capsys, monkeypatch):
     assert "Tried to allocate 2.00 GiB. " in error and "--grad-accum 2" in error and "More about it" not in error
 
 
-def test_folder_and_tiny_imagenet(image_folder, tiny_imagenet, tmp_path):
+def test_tiny_imagenet(tiny_imagenet, tmp_path):
     """The evaluations know the run: its backbone, seed and image size are found beside the weights."""
-    for dataset, root, size, count in (("folder", image_folder, 42, 18), ("tiny_imagenet", tiny_imagenet, 56, 12)):
-        flags, run = ["--dataset", dataset, "--data-root", str(root), "--device", "cpu"], tmp_path / dataset
-        more = f"--backbone vit_tiny --image-size {size} --seed 3 --batch-size 6 --epochs 1".split()
-        train_cls.main([*flags, *more, "--output-dir", str(run)])
-        expected = {"dataset": dataset, "method": "grpo_rm", "seed": 3, "backbone": "vit_tiny", "image_size": size}
-        expected |= {"train_images": count, "val_images": 6, "weights": str(run / "backbone.pth")}
-        for module, name in ((eval_linear, "eval_linear.json"), (eval_knn, "eval_knn.json")):
-            module.main([*flags, "--weights", str(run / "backbone.pth")])
-            scores = read_json(run / name)
-            assert {key: scores[key] for key in expected} == expected
-            assert scores["top1"] in [round(100 * hits / 6, 4) for hits in range(7)]
+    flags = ["--dataset", "tiny_imagenet", "--data-root", str(tiny_imagenet), "--device", "cpu"]
+    more = "--backbone vit_tiny --image-size 56 --seed 3 --batch-size 6 --epochs 1 --output-dir".split()
+    train_cls.main([*flags, *more, str(tmp_path)])
+    expected = {"method": "grpo_rm", "seed": 3, "backbone": "vit_tiny", "image_size": 56, "train_images": 12}
+    for module, name in ((eval_linear, "eval_linear.json"), (eval_knn, "eval_knn.json")):
+        module.main([*flags, "--weights", str(tmp_path / "backbone.pth")])
+        scores = read_json(tmp_path / name)
+        assert {key: scores[key] for key in expected} == expected
+        assert scores["top1"] in [round(100 * hits / 6, 4) for hits in range(7)]
 
 
 @pytest.mark.parametrize("method", ["grpo_rm", "finetune"])
