@@ -79,9 +79,8 @@ def grpo_rm_loss(
     targets: (N,) or (B, H, W); those equal to ignore_index (void pixels) take no part.
     background_penalty: share of c taken from the reward of class 0 (the paper's for segmentation: 0.5).
     ratio_floor: F in rho_i = p_i / (q_i + F/c) <= c/F; the paper's is 0.
-    Returns the scalar loss and, detached, loss, accuracy, clip_fraction (of outputs whose clipped branch is active),
-    mean_ratio, max_ratio, kl (KL(q || p)) and entropy (of p), the last two in nats. Raises ValueError for an unknown
-    uniformity, and for shapes that do not fit.
+    Returns the scalar loss and, detached, what to log: clip_fraction is that of outputs whose clipped branch is active,
+    kl is KL(q || p), entropy is of p, in nats. Raises ValueError for an unknown uniformity or shapes that do not fit.
     """
     fits = logits.shape == old_logits.shape and targets.shape == logits.shape[:1] + logits.shape[2:]
     if not fits or logits.dim() not in (2, 4) or logits.shape[1] < 2:
