@@ -249,8 +249,11 @@ class Run:
         values |= {"lr": lr, "images_per_s": images / seconds}
         if self.world.rank == 0:
             line = {"event": event, "epoch": self.epoch_of(step), "step": step} | values | more
-            self.log_file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-            self.log_file.flush()
+            try:
+                self.log_file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+                self.log_file.flush()
+            except OSError as error:
+                raise RunError(f"{self.log_file.name} cannot be written ({error}); make room and --resume") from error
         return values
 
     def save_if_due(self, step, last):
