@@ -3,13 +3,10 @@
 import copy
 import itertools
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import TORCHRUN, start
 from soak_resume import read_log
 
 import data
@@ -123,9 +120,10 @@ def test_a_resumed_run_is_close_to_an_uninterrupted_one(script, flags, tmp_path)
 
 def test_a_process_group_of_one(tmp_path):
     """torchrun with one process: nccl and DDP."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", str(ROOT / "train_cls.py")]
-    command = [sys.executable, *launch, *SHAPES, "--output-dir", str(tmp_path / "nccl")]
-    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=300)
+    launch = [*TORCHRUN, "--standalone", "--nproc_per_node=1"]
+    process = start("train_cls.py", *SHAPES, "--output-dir", tmp_path / "nccl", launch=launch)
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, errors
     train_cls.main([*SHAPES, "--output-dir", str(tmp_path / "alone")])
     losses = [[event["loss"] for event in read_log(tmp_path / name)] for name in ("nccl", "alone")]
     assert losses[0] == pytest.approx(losses[1], abs=0.01)

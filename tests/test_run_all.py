@@ -104,14 +104,13 @@ def test_the_commands_of_several_learning_rates(tmp_path):
 
 @pytest.mark.parametrize(("methods", "trained"), [("frozen finetune grpo_rm", "finetune"), ("grpo_rm", "grpo_rm")])
 def test_the_demo_segments_from_the_first_backbone_that_classification_trained(methods, trained, tmp_path):
-    commands = planned(tmp_path, METHODS=methods, DATA_ROOT="elsewhere", TRAIN_ARGS="--batch-size 7")
+    commands = planned(tmp_path, METHODS=methods, DATA_ROOT="elsewhere")
     copy = commands.index(f"cp runs/demo/shapes/{trained}/seed0/backbone.pth runs/demo/start.pth")
-    assert all("--dataset shapes " in command for command in commands[:copy])
     scenes = commands[copy + 1 : -1]
+    assert all("--dataset shapes " in command for command in commands[:copy])
     assert all("--dataset shapes_seg " in command for command in scenes)
     first = [command for command in scenes if "train_seg.py" in command or "/frozen/" in command]
     assert len(first) > 1 and all("--weights runs/demo/start.pth" in command for command in first)
-    assert all(" --batch-size 7 --output-dir " in command for command in commands if "--method" in command)
     assert commands[-1].startswith("python -m tools.report runs/demo ") and "elsewhere" not in "".join(commands)
 
 
@@ -143,8 +142,3 @@ def test_bad_input_and_signals_end_the_chain(reaction, status, tmp_path):
     done, notes = failing(tmp_path, "*finetune/seed1?--resume", reaction)
     assert done.returncode == status and "failed" not in done.stderr
     assert len(notes) == 4 and "--seed 1" in notes[-1]
-
-
-def test_failed_stages_are_listed_where_there_is_nothing_to_report(tmp_path):
-    done, notes = failing(tmp_path, "*train_cls.py*) exit 1 ;; *tools.report*", "exit 2")
-    assert done.returncode == 1 and done.stderr.count("failed: ") == 6 and len(notes) == 7

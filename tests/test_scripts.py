@@ -55,6 +55,7 @@ def test_help_is_the_manual(script, capsys):
     (eval_knn, "--k 0", "argument --k: '0' must be a whole number at least 1"),
     (eval_knn, "--k 101", "--k 101 is more than the 100 training images"),
     (eval_linear, "--features multiscale", "are for segmentation, not for shapes"),
+    (eval_linear, "--weights {tmp}/other.pth --output {tmp}/other.json", "the layer would replace --weights"),
     (eval_linear, "--save-images 2", "are for segmentation, not for shapes"),
     (eval_linear, "--lr 1e-6 --lr-end 1e-5", "--lr-end 1e-05 is above --lr 1e-06"),
     *((module, flags, message) for module in (eval_linear, eval_knn) for flags, message in (
