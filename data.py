@@ -65,8 +65,8 @@ DRAWN = ("shapes", "shapes_seg")  # by common/demo.py; there are no files
 
 
 def resolve_dataset(args, *tasks):
-    """Sets args.task, data_root, image_size, crop_size and resize_size; returns the dataset's protocol. Raises
-    InputError for a dataset that is unknown or not of one of the `tasks`."""
+    """Sets args.task, data_root, image_size, crop_size, resize_size and resized_crop; returns the dataset's protocol.
+    Raises InputError for a dataset that is unknown or not of one of the `tasks`."""
     if args.dataset not in DRAWN:
         args.data_root = args.data_root or os.environ.get("GRPO_RM_DATA") or "datasets"
     elif args.data_root is not None:
@@ -82,20 +82,14 @@ def resolve_dataset(args, *tasks):
     if args.task not in tasks:
         raise InputError(f"--dataset {args.dataset} is for {args.task} (a folder with masks/ is for segmentation); "
                          f"this script does {tasks[0]}")  # fmt: skip
-    resolve_sizes(args)
-    return PROTOCOLS[args.task][args.dataset]
-
-
-def resolve_sizes(args):
-    """How images are prepared. Sets args.crop_size, the side that they are decoded to, args.resize_size, their shorter
-    side before the centre is cut out, and args.resized_crop. To be called again where args.image_size has changed."""
     protocol = PROTOCOLS[args.task][args.dataset]
     args.image_size = args.image_size or protocol.image_size
-    args.crop_size = protocol.stored_size or args.image_size
-    args.resize_size = args.crop_size
+    args.crop_size = protocol.stored_size or args.image_size  # the side that images are decoded to
+    args.resize_size = args.crop_size  # their shorter side before the centre is cut out
     args.resized_crop = protocol.resized_crop
     if protocol.resized_crop:  # ImageNet's protocol: 256, cut to 224
         args.resize_size = round(args.image_size * 256 / 224)
+    return protocol
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +130,7 @@ def load_data(args, world):
         for warning in train.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         found = f"{len(train.classes)} classes, {len(train)} training and {len(val)} validation images"
-        replaced = f", {100 * noise:g} % of the training labels replaced" if noise else ""
+        replaced = f", each training label replaced with probability {noise:g}" if noise else ""
         print(f"{dataset_name(args)}: {found}{replaced}", flush=True)
     return train, val
 
@@ -331,7 +325,7 @@ def class_folders(root):
     if len(classes) < 2 or not samples["val"]:
         raise InputError(f"--data-root {root}: class folders are missing; needed are {{train,val}}/<class>/*, two at "
                          "least, or for segmentation images/{train,val}/*, masks/{train,val}/*.png")  # fmt: skip
-    warnings = about_passed_over(root, samples, [file for part in samples.values() for file, _ in part])
+    warnings = about_passed_over(root, ["train", "val"], [file for part in samples.values() for file, _ in part])
     seen = {label for _, label in samples["val"]}
     unseen = [name for label, name in enumerate(classes) if label not in seen]
     if unseen:
@@ -395,11 +389,11 @@ def mask_split(classes, pairs, table, warnings=(), hint="correct the mask or the
 
 
 def about_passed_over(root, folders, files):
-    """A list of one warning, on what is in these folders of `root` and none of the `files` that are read; of none where
+    """A list of one warning, on what is in these folders of `root` and none of the `files` that are read; [] where
     there is no such thing. Hidden files are left alone."""
     found = [os.path.join(root, path) for x in folders for path in glob(f"{x}/**/*.*", root_dir=root, recursive=True)]
     counts = Counter(Path(path).suffix.lower() for path in sorted({*found} - {*files}) if os.path.isfile(path))
     if not counts:
         return []
     passed_over = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
-    return [f"passed over: {passed_over}; images are read from the lowest folders alone, as {' '.join(IMG_EXTENSIONS)}"]
+    return [f"passed over: {passed_over}; read are only images right in the folders, as {' '.join(IMG_EXTENSIONS)}"]

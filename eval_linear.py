@@ -13,12 +13,12 @@ layer, as DINOv2's authors evaluate; "Multi Scale" takes the last four layers' t
 probabilities over scales of the image and its mirror image. Scores are counted at the size of the ground truth: the
 layer's logits are upsampled to every mask as its file has it.
 
-Weights of a run are evaluated on its dataset. Writes scores in percent to --output: eval_linear.json
-(eval_linear_multiscale.json) beside them, or in runs/<dataset>/frozen/seed<seed>; and beside it the layer: linear.pth
-(linear_multiscale.pth).
+Weights of a run are evaluated on its dataset, others on --dataset (default: shapes); --seed is the layer's. Writes
+scores in percent to --output: eval_linear.json (eval_linear_multiscale.json) beside the weights of a run, or in
+runs/<dataset>/frozen/seed<seed>; and beside it the layer: linear.pth (linear_multiscale.pth).
 
-Where this departs from the paper: for segmentation it names the rate of post-training, 1e-5 * m/256, which hardly moves
-a new layer in 50 epochs; --lr 1e-5 --lr-end 1e-7 (at a batch of 256) gives it.
+Where this departs from the paper: for segmentation the paper trains the layer at the rate of post-training,
+1e-5 * m/256, which hardly moves it in 50 epochs; --lr 1e-5 (at a batch of 256) gives it.
 """
 
 import math
@@ -135,7 +135,7 @@ def fit_segmenter(source, num_classes, args):
             rate = learning_rate(step, args.epochs * steps_per_epoch, 0, args.lr, args.lr_end)
             optimizer.param_groups[0]["lr"] = rate
             optimizer.zero_grad()
-            upsampled_cross_entropy(segmenter(features), masks)
+            backward_of_cross_entropy(segmenter(features), masks)
             optimizer.step()
     if dist.is_initialized():
         for value in segmenter.state_dict().values():
@@ -143,7 +143,7 @@ def fit_segmenter(source, num_classes, args):
     return segmenter.eval()
 
 
-def upsampled_cross_entropy(logits, masks):
+def backward_of_cross_entropy(logits, masks):
     """The backward pass of the mean cross-entropy of logits (B, C, h, w), upsampled, over the pixels of masks (B, M, M)
     that are not void (-100). A chunk at a time: the (C, M, M) maps of all images are never there at once."""
     count = (masks >= 0).sum().clamp(min=1)

@@ -9,8 +9,8 @@ What differs from GRPO for language models:
 
 With a floor, right after a refresh, every wrong class with q_i < (1 - eps)/eps F/c is clipped. Where all are, the
 gradient is A_k/c times that of -log(p_k + F/c): cross-entropy with each sample weighted by p_k / (p_k + F/c). Samples
-that the policy has wrong weigh little, wrong labels among them. From p_k = (1 + eps)(q_k + F/c) on a sample has no
-gradient until the next refresh.
+that the policy has wrong weigh little, wrong labels among them. A sample that has reached p_k = (1 + eps)(q_k + F/c)
+gives no gradient, until it falls back or the old policy is refreshed.
 
 Shapes: B images, N samples (images, or pixels of maps), G outputs in the group (= classes c), D features, M side of a
 map. p = softmax(logits) is the policy pi_theta, q = softmax(old_logits) the old policy pi_theta_old, k the target.
@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.backbone import load_backbone, load_strictly
 from common.checkpoint import Run, read_config
+from common.cli import InputError
 from common.images import input_transform
 
 VALUES_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}  # of a map: what fits a CPU's cache; few launches on a GPU
@@ -79,8 +80,8 @@ def grpo_rm_loss(
     targets: (N,) or (B, H, W); those equal to ignore_index (void pixels) take no part.
     background_penalty: share of c taken from the reward of class 0 (the paper's for segmentation: 0.5).
     ratio_floor: F in rho_i = p_i / (q_i + F/c) <= c/F; the paper's is 0.
-    Returns the scalar loss and, detached, what to log: clip_fraction is that of outputs whose clipped branch is active,
-    kl is KL(q || p), entropy is of p, in nats. Raises ValueError for an unknown uniformity or shapes that do not fit.
+    Returns the scalar loss and, detached, what to log: clip_fraction is the share of outputs whose clipped branch is
+    active, kl is KL(q || p), entropy is of p, in nats. Raises ValueError for shapes that do not fit.
     """
     fits = logits.shape == old_logits.shape and targets.shape == logits.shape[:1] + logits.shape[2:]
     if not fits or logits.dim() not in (2, 4) or logits.shape[1] < 2:
@@ -98,7 +99,8 @@ def grpo_rm_loss(
         return torch.where(valid, values / count, 0).sum()
 
     logits, old_logits = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logits, old_logits.detach()))
-    log_p, log_q = logits.log_softmax(1), old_logits.log_softmax(1).clamp(min=-1e30)  # (N, G); 0 * -inf is nan
+    log_p = logits.log_softmax(1)  # (N, G)
+    log_q = old_logits.log_softmax(1).clamp(min=-1e30)  # -inf where logits are further apart than float32's range
     p, q = log_p.exp(), log_q.exp()
 
     r_acc = accuracy_reward(k, G).to(q.dtype)
@@ -111,12 +113,12 @@ def grpo_rm_loss(
         ratio = p / (q + ratio_floor / G)  # rho (N, G)
     else:
         ratio = (log_p - log_q).clamp(max=80).exp()  # p/q, where q can be 0 in float32; exp(80) is finite
-    weighted = advantages * (1 / G)  # before the product with rho, which could overflow
+    weighted = advantages * (1 / G)  # the 1/c of Eq. (1)
     unclipped, clipped = ratio * weighted, ratio.clamp(1 - clip_eps, 1 + clip_eps) * weighted
     loss = -mean(torch.minimum(unclipped, clipped).sum(1))  # Eq. (1)
 
     with torch.no_grad():
-        log_p = log_p.clamp(min=-1e30)
+        log_p = log_p.clamp(min=-1e30)  # 0 * -inf is nan
         stats = {
             "loss": loss.detach(),
             "accuracy": mean((logits.argmax(1) == k).to(q.dtype)),
@@ -264,7 +266,8 @@ def training_step(policy, old_policy, encoder, loss_function, optimizer, images,
     sample_weight = world_size / total.clamp(min=1).double()
     micro_batches = list(zip(images.chunk(args.grad_accum), targets.chunk(args.grad_accum), strict=True))
     for i, (x, y) in enumerate(micro_batches, 1):
-        encoder.require_backward_grad_sync = i == len(micro_batches)  # DDP averages once, with the last of them
+        if isinstance(encoder, DistributedDataParallel):  # it averages once, with the last of them
+            encoder.require_backward_grad_sync = i == len(micro_batches)
         accumulate_gradients(policy, old_policy, encoder, loss_function, x, y, sample_weight, meter)
     if dist.is_initialized():  # DDP cannot average the head's gradients, which come from several backward passes
         for parameter in policy.head.parameters():
@@ -336,6 +339,8 @@ def load_policy(run_dir):
     a PIL image to its input (3, S, S) float32; the names of the classes. Raises InputError where that is no finished
     run."""
     run_dir, config = Path(run_dir), read_config(run_dir)
+    if "method" not in config or not (run_dir / "backbone.pth").is_file():
+        raise InputError(f"{run_dir} is no finished run of train_cls.py or train_seg.py; give the directory of one")
     backbone = load_backbone(config["backbone"], hub_repo=config["hub_repo"], weights=run_dir / "backbone.pth")
     classes, hidden_dim = config["classes"], config["hidden_dim"]
     if config["task"] == "segmentation":

@@ -21,7 +21,8 @@
 # A stage whose result file exists is skipped, whatever settings it was made with: started again, the chain goes on
 # where it stopped; other settings, or another folder of images, need another OUT. A stage that fails with status 1
 # (loss not finite, disk full) ends its seed; the others follow, then a list of the failed stages, and status 1. Any
-# other status (2: bad input; 130: Ctrl-C) ends the chain at once.
+# other status (2: bad input; 130: Ctrl-C) ends the chain at once; but torchrun, which starts several processes, makes a
+# 1 of every status.
 set -euo pipefail
 
 case ${1:-} in -h | --help) sed -n '3,/^set/s/^# \{0,1\}//p' "$0" && exit ;; esac

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from common.cli import InputError, RunError, dataset_name, first_line
 from common.distributed import Meter, in_turn, merge
 
-# These settings do not change what is learned. (Where a run starts from does: the report does not average over that.)
+# A resumed run may have other values of these. Where it started from (hub_repo, weights) the checkpoint has fixed; the
+# others do not change what is learned. Those of the last line are no arguments.
 MAY_DIFFER_ON_RESUME = {
     *("data_root", "download", "workers", "hub_repo", "weights", "device", "grad_accum", "compile"),
     *("output_dir", "resume", "checkpoint_minutes", "eval_every", "log_every", "max_steps", "save_images", "output"),
@@ -180,8 +181,8 @@ class Run:
         if args.method == "grpo_rm" and args.ratio_floor:
             self.say(f"ratio floor {floor}: rho = p / (q + {floor}/c); as in the paper: --ratio-floor 0", sys.stdout)
         if args.method == "grpo_rm" and (args.old_policy_every or steps) == 1:
-            self.warn("refresh", "the old policy is refreshed before every step: p is always q, the clip limits "
-                      "nothing; take a smaller --batch-size or a larger --old-policy-every")  # fmt: skip
+            self.warn("refresh", "the old policy is refreshed before every step: p is always q, and nothing stops a "
+                      "sample that moves far; take a smaller --batch-size or a larger --old-policy-every")  # fmt: skip
         what = f"resuming at step {self.step}" if self.step else "writing"
         self.say(f"{what} -> {self.directory}", sys.stdout)
 
@@ -223,7 +224,6 @@ class Run:
         if values.get("max_ratio", 0) > 1e4:
             self.warn("ratio", f"the ratio p/q reached {values['max_ratio']:.1e} by step {step}: samples whose "
                       "prediction flips swamp the update; try --ratio-floor 1, or a lower --lr")  # fmt: skip
-        self.window_started = time.monotonic()
 
     def log_epoch(self, step, lr, metrics):
         """The epoch's line: means, seconds of training, this process's peak memory, and what validation measured."""
@@ -240,7 +240,7 @@ class Run:
         if epoch >= self.args.warmup_epochs + 2 and accuracy < min(2 * chance, 60):  # with two classes chance is 50
             self.warn("chance", f"after epoch {epoch} the policy is right on {accuracy:.1f} % of the samples (chance: "
                       f"{chance:.1f} %); if this lasts, try more --warmup-epochs or a lower --lr")  # fmt: skip
-        self.epoch, self.window_started = {}, time.monotonic()
+        self.epoch = {}
 
     def log(self, event, step, lr, reading, **more):
         """Append a line with the means of a meter's reading; returns them."""

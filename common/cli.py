@@ -32,8 +32,8 @@ def dataset_name(args):
 
 
 def stage(main):
-    """Decorates a script's main(argv): bad input ends it with one line and exit status 2, a loss that is not finite or
-    a GPU without memory with 1, Ctrl-C with 130. Everything else is Python's own traceback."""
+    """Decorates a script's main(argv): bad input ends it with one line and exit status 2; a loss that is not finite, a
+    full disk or a GPU without memory with 1, Ctrl-C with 130. Everything else is Python's own traceback."""
 
     @functools.wraps(main)
     def wrapped(argv=None):
@@ -87,7 +87,8 @@ def number(low, high=math.inf, *, above=False, kind=float):
 
     def parse(text):
         value = kind(text)
-        if not (math.isfinite(value) and low <= value <= high) or (above and value == low):
+        too_low = value <= low if above else value < low
+        if too_low or value > high or not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text!r} must be a {parse.__name__} {bound}")
         return value
 
@@ -114,7 +115,7 @@ def add_model_arguments(parser):
     """Backbone, device and precision."""
     add = parser.add_argument_group("model and machine").add_argument
     add("--backbone", help="dinov2_vits14 (the paper's), dinov2_vitb14, ..., vit_tiny, or a model of --hub-repo")
-    add("--hub-repo", help="owner/repo[:ref], or a local directory with hub code; without --weights: random weights")
+    add("--hub-repo", help="owner/repo[:ref], or a local directory: code only, random weights without --weights")
     add("--weights", help="file with the backbone's state dict; every name and shape must match")
     add("--seed", type=whole(0, 2**32 - 1), default=0, help="of weights, batches and augmentation; the paper has 5")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto is cuda where there is one")
@@ -134,7 +135,12 @@ def add_training_arguments(parser, *, lr, batch_size):
         help="steps between refreshes of the old policy; default: the paper's epoch; few are dangerous")  # fmt: skip
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=whole(1), default=100, help="the paper's is 100; GRPO-RM needs 30 or more")
+    add(
+        "--epochs",
+        type=whole(1),
+        default=100,
+        help="the paper's is 100; 30 at least for 1,000 classes",
+    )
     add("--batch-size", type=whole(1), default=batch_size, help=f"global batch m; the paper's is {batch_size}")
     add("--grad-accum", type=whole(1), default=1, help="split each process's batch to save memory; same result")
     add("--lr", type=number(0, above=True), help=f"first learning rate; default: the paper's {lr:g} * m/256")

@@ -88,11 +88,10 @@ class Meter:
         """{name: (weighted sum, weight) or (largest value, 1)} over all processes; the meter starts anew."""
         names, pairs = list(self.sums), torch.stack([pair.to(world.device) for pair in self.sums.values()])
         self.sums = {}
-        tables = [torch.empty_like(pairs) for _ in range(world.size)]  # (names, 2) of each process
+        tables = [pairs]  # (names, 2) of each process
         if world.size > 1:
+            tables = [torch.empty_like(pairs) for _ in range(world.size)]
             dist.all_gather(tables, pairs)
-        else:
-            tables = [pairs]
         reading = {}
         for table in torch.stack(tables).cpu():
             reading = merge(reading, dict(zip(names, table, strict=True)))

@@ -37,8 +37,9 @@ def resolve_run(args, name):
     if "method" not in run:  # weights from elsewhere may have a config.json of another kind
         run = {}
     args.method = run.get("method", "frozen")
-    args.fit_seed = run.get("seed", 0) if args.seed is None else args.seed
-    args.seed = run.get("seed", args.fit_seed)
+    run_seed = run.get("seed", args.seed or 0)
+    args.fit_seed = run_seed if args.seed is None else args.seed
+    args.seed = run_seed
     args.backbone = args.backbone or run.get("backbone")
     args.hub_repo = args.hub_repo or run.get("hub_repo")
     args.dataset = args.dataset or run.get("dataset", "shapes")

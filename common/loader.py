@@ -129,6 +129,7 @@ class Loader:
         options = {"num_workers": self.args.workers, "pin_memory": self.world.device.type == "cuda"}
         if self.args.workers:  # fork: functions cannot be pickled; setpgid: signals to the group are for the run
             options |= {"multiprocessing_context": "fork", "worker_init_fn": lambda worker: os.setpgid(0, 0)}
+        # An item is a batch's indices; collate_fn decodes them, in the worker.
         for parts in DataLoader(list(batches), batch_size=None, collate_fn=load, **options):
             if isinstance(parts, InputError):
                 raise parts

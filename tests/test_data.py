@@ -248,20 +248,23 @@ def test_a_run_says_what_it_found(image_folder, mask_folder, capsys):
     hide(mask_folder)
     assert said(image_folder) == ("folder: 3 classes, 18 training and 6 validation images\n", "")
     found = said(image_folder, limit_val=2, train_fraction=0.5, label_noise=0.4).out
-    assert found == "folder: 3 classes, 9 training and 2 validation images, 40 % of the training labels replaced\n"
+    assert (
+        found
+        == "folder: 3 classes, 9 training and 2 validation images, each training label replaced with probability 0.4\n"
+    )
     assert said(mask_folder) == ("scenes: 3 classes, 6 training and 4 validation images\n", "")
     for name in ("train/class0/a.heic", "val/class1/b.HEIC", "train/list.txt", "train/class2/more/1.jpg", "val/0.jpg"):
         write(image_folder / name, b"")
     remove("val/class0", "val/class2")(image_folder)
     passed_over, unseen = said(image_folder).err.splitlines()
-    assert passed_over.startswith("warning: passed over: 2 .heic, 2 .jpg, 1 .txt; images are read from")
+    assert passed_over.startswith("warning: passed over: 2 .heic, 2 .jpg, 1 .txt; read are only images")
     assert unseen == "warning: classes without validation images: class0, class2"
     write(mask_folder / "images/val/notes.txt", b"")
     write(mask_folder / "masks/train/0.json", b"")
     remove("classes.txt")(mask_folder)
     relabel("*/*.png", lambda mask: np.where(mask == 1, 4, mask), mask_folder)
     passed_over, unused = said(mask_folder).err.splitlines()
-    assert passed_over.startswith("warning: passed over: 1 .txt, 1 .json; images are read from")
+    assert passed_over.startswith("warning: passed over: 1 .txt, 1 .json; read are only images")
     assert unused == f"warning: {mask_folder}/masks: labels below 4 that never occur: 1, 3"
     other = distributed.World(1, 1, 2, CPU.device, argparse.Namespace(wait=lambda *_: None))
     assert said(mask_folder, other) == ("", "")

@@ -1,1 +1,1 @@
-"""Commands beside the stages: python -m tools.report, tools.predict, tools.bench."""
+"""Commands beside the stages: python -m tools.report, tools.predict, tools.label_errors, tools.bench."""

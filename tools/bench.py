@@ -105,10 +105,12 @@ def measure_steps(dataset, args, device):
     for method in ("finetune", "grpo_rm"):
         options.method = method
         policy = copy.deepcopy(Policy(backbone, head, args.amp)).to(device)
-        old_policy = copy.deepcopy(policy).requires_grad_(args.compile)  # as in train
-        for network in (policy, old_policy):
-            network.encoder.compile(dynamic=False, disable=not args.compile)
-        parts = policy, old_policy if method == "grpo_rm" else None, policy.encoder, make_loss(options)
+        old_policy = None
+        if method == "grpo_rm":
+            old_policy = copy.deepcopy(policy).requires_grad_(args.compile)  # as in train
+            old_policy.encoder.compile(dynamic=False, disable=not args.compile)
+        policy.encoder.compile(dynamic=False, disable=not args.compile)
+        parts = policy, old_policy, policy.encoder, make_loss(options)
         optimizer = make_optimizer(policy, options)
         steps[method] = functools.partial(training_step, *parts, optimizer, meter=Meter(), args=options)
     runs = {method: functools.partial(step, images, targets) for method, step in steps.items()}

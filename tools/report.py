@@ -282,7 +282,7 @@ def notes(groups, root):
 
 def print_table(title, rows):
     """Print rows {header: cell} as Markdown, a dash where there is no cell. Returns the lines of cells as text."""
-    headers = list(dict.fromkeys(itertools.chain(max(rows, key=len), *rows)))
+    headers = list(dict.fromkeys(itertools.chain(max(rows, key=len), *rows)))  # in the order of the fullest row
     lines = [headers]
     for row in rows:
         cells = [row.get(header, "-") for header in headers]
