@@ -99,8 +99,8 @@ def grpo_rm_loss(
         return torch.where(valid, values / count, 0).sum()
 
     logits, old_logits = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logits, old_logits.detach()))
-    log_p = logits.log_softmax(1)  # (N, G)
-    log_q = old_logits.log_softmax(1).clamp(min=-1e30)  # -inf where logits are further apart than float32's range
+    # (N, G); -inf, where logits are further apart than float32's range, would make 0 * -inf = nan
+    log_p, log_q = (x.log_softmax(1).clamp(min=-1e30) for x in (logits, old_logits))
     p, q = log_p.exp(), log_q.exp()
 
     r_acc = accuracy_reward(k, G).to(q.dtype)
@@ -118,7 +118,6 @@ def grpo_rm_loss(
     loss = -mean(torch.minimum(unclipped, clipped).sum(1))  # Eq. (1)
 
     with torch.no_grad():
-        log_p = log_p.clamp(min=-1e30)  # 0 * -inf is nan
         stats = {
             "loss": loss.detach(),
             "accuracy": mean((logits.argmax(1) == k).to(q.dtype)),
@@ -314,7 +313,6 @@ def train(policy, loader, validate, args, world):
     encoder = prepare_for_processes(policy) if dist.is_initialized() else policy.encoder
 
     steps_per_epoch, step = len(loader), run.step
-    total_steps = args.epochs * steps_per_epoch
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
     refresh_every = args.old_policy_every or steps_per_epoch
     while step < run.last_step:
@@ -322,7 +320,7 @@ def train(policy, loader, validate, args, world):
         for images, targets in loader.epoch(epoch, start=step % steps_per_epoch):  # line 4
             if old_policy and step % refresh_every == 0:
                 old_policy.load_state_dict(policy.state_dict())  # line 3: pi_old <- pi
-            lr = learning_rate(step, total_steps, warmup_steps, args.lr, args.lr_end)
+            lr = learning_rate(step, run.total_steps, warmup_steps, args.lr, args.lr_end)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
             # lines 5 to 9

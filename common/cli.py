@@ -188,7 +188,7 @@ def resolve_model_arguments(args, world):
     if args.weights and not os.path.isfile(args.weights):
         raise InputError(f"--weights {args.weights}: no such file; give a state dict, such as backbone.pth of a run")
     if args.backbone is None:
-        args.backbone = "vit_tiny" if args.dataset.startswith("shapes") else "dinov2_vits14"
+        args.backbone = "vit_tiny" if args.dataset in ("shapes", "shapes_seg") else "dinov2_vits14"
     if args.amp == "auto":
         bf16 = world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.amp = "bf16" if bf16 else "off"

@@ -66,7 +66,8 @@ def draw_sheet(pictures, rows, path):
     figure, axes = plt.subplots(lines, 10, figsize=(16, 2.1 * lines), layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, picture, (_, label, p, prediction, q) in zip(axes.flat, pictures, rows, strict=False):
+    shown = zip(axes.flat[: len(pictures)], pictures, rows, strict=True)
+    for axis, picture, (_, label, p, prediction, q) in shown:
         axis.imshow(picture)
         axis.set_title(f"{label} {p}\n-> {prediction} {q}", fontsize=8)
     figure.savefig(path, dpi=120)
@@ -99,7 +100,7 @@ def main(argv=None):
         writer.writerow(["file", "label", "label_probability", "prediction", "prediction_probability"])
         writer.writerows(rows)
     pictures = [split.read(i)[0] for i in order[: args.top]]
-    draw_sheet(pictures, rows, output / "label_errors.png")
+    draw_sheet(pictures, rows[: args.top], output / "label_errors.png")
     print(f"{len(rows)} labels, the least probable first -> {output}")
     if run.label_noise:
         run.label_noise = 0

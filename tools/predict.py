@@ -84,6 +84,7 @@ def label_map(logits, size):
 @torch.inference_mode()
 def main(argv=None):
     parser = cli.ArgumentParser(__doc__)
+    parser.usage = "%(prog)s RUN_DIR IMAGE_OR_DIR... [flags]"
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="what train_cls.py or train_seg.py wrote")
     parser.add_argument("images", metavar="IMAGE_OR_DIR", type=Path, nargs="+", help="image files, or directories")
     parser.add_argument("--output", metavar="DIR", type=Path, help="default: RUN_DIR/predictions")
