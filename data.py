@@ -16,7 +16,7 @@ from glob import glob
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import torch
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import download_and_extract_archive
@@ -26,7 +26,7 @@ from torchvision.models.segmentation import FCN_ResNet50_Weights
 from common.cli import InputError, dataset_name, first_line
 from common.demo import SHAPES, draw_scene, draw_shape
 from common.distributed import in_turn
-from common.images import image_files, pair_up, read_image, read_labels, visible
+from common.images import image_files, pair_up, read_image, read_labels, to_pixels, visible
 from common.loader import VOID, WRONG_LABELS
 
 
@@ -94,13 +94,13 @@ def resolve_dataset(args, *tasks):
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One half of a set. read(i) gives sample i as an RGB image and its class or, with `masks`, its mask (H, W) uint8;
-    it raises InputError naming the file that cannot be used. warnings: what the user should know of the whole set.
-    files: the images' files, where there are any."""
+    """One half of a set. read(i) gives sample i as pixels (H, W, 3) uint8 and its class or, with `masks`, its mask
+    (H, W) uint8; it raises InputError naming the file that cannot be used. warnings: what the user should know of the
+    whole set. files: the images' files, where there are any."""
 
     classes: list[str]
     count: int
-    read: Callable[[int], tuple[Image.Image, int | np.ndarray]]
+    read: Callable[[int], tuple[torch.Tensor, int | np.ndarray]]
     masks: bool = False
     warnings: Sequence[str] = ()
     files: np.ndarray | None = None
@@ -210,13 +210,13 @@ def torchvision_set(name, root, download):
     dataset = getattr(datasets, name.upper())
     parts = ("train", "test") if name == "stl10" else (True, False)
     with available(f"{name} in {root}", f"unpack {dataset.filename} there", download):
-        found = [dataset(str(root), part, download=download) for part in parts]
+        found = [dataset(str(root), part, transform=to_pixels, download=download) for part in parts]
     return [Split(list(x.classes), len(x), x.__getitem__) for x in found]
 
 
 def array_split(classes, pixels, targets):
     """A split of pixels (n, H, W, 3) uint8 and targets (n,)."""
-    return Split(classes, len(targets), lambda i: (Image.fromarray(pixels[i]), int(targets[i])))
+    return Split(classes, len(targets), lambda i: (torch.tensor(pixels[i]), int(targets[i])))
 
 
 def tiny_imagenet(root, download):
@@ -236,9 +236,9 @@ def tiny_imagenet(root, download):
 
 
 def label_table(labels, ignored=()):
-    """(256,) table from what a set's masks hold to class indices: `labels` are the classes in their order; `ignored`
-    and VOID become VOID, everything else -1."""
-    table = np.full(256, -1, np.int16)
+    """(257,) table from what a set's masks hold to class indices: `labels` are the classes in their order; `ignored`
+    and VOID become VOID, everything else -1, and so does 256, for what is no byte."""
+    table = np.full(257, -1, np.int16)
     table[[*ignored, VOID]] = VOID
     table[labels] = range(len(labels))
     return table
@@ -372,18 +372,19 @@ def mask_split(classes, pairs, table, warnings=(), hint="correct the mask or the
     def read(i):
         image_file, mask_file = files[i]
         labels = read_labels(mask_file)
-        mask = np.where((labels >= 0) & (labels < 256), table[labels & 255], -1)
+        mask = table[labels if labels.dtype == np.uint8 else labels.clip(-1, 256)]  # table[-1] is table[256]
         if (mask < 0).any():
             highest = np.flatnonzero(table[:VOID] >= 0)[-1]
             raise InputError(f"mask {mask_file} has label {labels[mask < 0].max()}; labels are 0 to {highest}, and "
                              f"{VOID} for void; {hint}")  # fmt: skip
-        size = mask.shape[::-1]
-        image = read_image(image_file)
-        if image.size != size:  # the mask may have been drawn over the image as it is stored
-            image = read_image(image_file, upright=False)
-        if image.size != size:
-            raise InputError(f"mask {mask_file} is {size} pixels, its image {image.size}; make them equal")
-        return image, mask.astype(np.uint8)
+        pixels = read_image(image_file)
+        if pixels.shape[:2] != mask.shape:  # the mask may have been drawn over the image as it is stored
+            pixels = read_image(image_file, upright=False)
+        if pixels.shape[:2] != mask.shape:
+            height, width = pixels.shape[:2]
+            raise InputError(f"mask {mask_file} has {mask.shape[0]} x {mask.shape[1]} pixels, its image "
+                             f"{height} x {width}; make them equal")  # fmt: skip
+        return pixels, mask.astype(np.uint8)
 
     return Split(classes, len(files), read, masks=True, warnings=warnings, files=files[:, 0])
 

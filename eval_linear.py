@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from common import cli, distributed
@@ -174,11 +175,11 @@ def confusion_of(source, segmenter, split, args, world, directory):
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=world.device)
     chunks = Loader(split, args, world, sides=sides, native=True).in_order(CHUNK)
     for indices, *scaled, masks in progress(chunks, "scores", world):
-        logits = [segmenter(source.of(images)) for images in scaled]
+        logits = [segmenter(source.of(images).float()) for images in scaled]
         if args.features == "multiscale":  # the mirror images too, mirrored back
-            logits += [segmenter(source.of(images.flip(-1))).flip(-1) for images in scaled]
+            logits += [segmenter(source.of(images.flip(-1)).float()).flip(-1) for images in scaled]
         for i, index in enumerate(indices.tolist()):
-            truth = masks[i].to(world.device)  # (H, W)
+            truth = torch.from_numpy(masks[i]).to(world.device)  # (H, W)
             prediction = predict([x[i] for x in logits], truth.shape)
             confusion += confusion_matrix(prediction, truth, num_classes)
             if index in to_save:
@@ -189,9 +190,9 @@ def confusion_of(source, segmenter, split, args, world, directory):
 
 def save_images(directory, index, split, prediction):
     """Write the image, and ground truth and prediction as palette PNGs of class indices."""
-    image, mask = split.read(index)
+    pixels, mask = split.read(index)
     directory.mkdir(exist_ok=True)
-    image.save(directory / f"{index:06d}_image.png")
+    Image.fromarray(pixels.numpy()).save(directory / f"{index:06d}_image.png")
     palette_image(mask).save(directory / f"{index:06d}_truth.png")
     palette_image(prediction).save(directory / f"{index:06d}_prediction.png")
 

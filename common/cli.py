@@ -99,6 +99,12 @@ def number(low, high=math.inf, *, above=False, kind=float):
 whole = functools.partial(number, kind=int)
 
 
+def cores_per_rank():
+    """The cores that this process may use over the ranks on this machine; 1 to 32."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(32, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
 def add_data_arguments(parser, names):
     """Which images, and how they are prepared; `names` of datasets that the script serves, the default first."""
     add = parser.add_argument_group("data").add_argument
@@ -108,7 +114,8 @@ def add_data_arguments(parser, names):
     add("--image-size", type=whole(1), help="side in pixels, a multiple of the patch size; default: the dataset's")
     add("--limit-train", type=whole(1), metavar="N", help="use N training images, evenly spaced")
     add("--limit-val", type=whole(1), metavar="N", help="use N validation images, evenly spaced")
-    add("--workers", type=whole(0), default=min(8, os.cpu_count() or 1), help="processes per rank that decode images")
+    add("--workers", type=whole(0), default=cores_per_rank(), metavar="N",
+        help="processes per rank that decode images; default: the cores over the ranks, at most 32")  # fmt: skip
 
 
 def add_model_arguments(parser):

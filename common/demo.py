@@ -95,8 +95,8 @@ def silhouette(label, size, scales, rng):
 
 
 def draw(silhouettes, rng, side):
-    """An image (side, side) of bright silhouettes, a list of (image, hue or None), on a darker, shaded background, with
-    noise and stray lines in front. The silhouettes have twice the side, for smooth edges."""
+    """A picture (side, side, 3) uint8 of bright silhouettes, a list of (image, hue or None), on a darker, shaded
+    background, with noise and stray lines in front. The silhouettes have twice the side, for smooth edges."""
     size = 2 * side
     shades = rng.integers(0, 140, (2, 2, 3), dtype=np.uint8)
     picture = Image.fromarray(shades).resize((size, size), Image.Resampling.BILINEAR)
@@ -107,7 +107,7 @@ def draw(silhouettes, rng, side):
     for _ in range(3):
         pen.line(tuple(rng.uniform(0, size, 4)), fill=tuple(rng.integers(0, 256, 3)), width=2)
     pixels = np.asarray(picture.resize((side, side), Image.Resampling.BOX), dtype=np.float32)
-    return Image.fromarray(np.clip(pixels + rng.normal(0, 12, pixels.shape), 0, 255).astype(np.uint8))
+    return torch.from_numpy(np.clip(pixels + rng.normal(0, 12, pixels.shape), 0, 255).astype(np.uint8))
 
 
 def draw_shape(i, seed, side=42):

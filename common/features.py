@@ -8,9 +8,9 @@ import torch
 from common import cli
 from common.checkpoint import MAY_DIFFER_ON_RESUME, read_config, write_json
 from common.distributed import all_reduce, progress
+from common.loader import memory_share
 
 CHUNK = 16  # images in a forward pass of segmentation, whatever the batch size and the number of processes
-KEPT_BYTES = 4 * 2**30  # patch tokens of a training split up to this size are kept, larger ones computed in every epoch
 
 
 def add_evaluation_arguments(parser, names):
@@ -87,50 +87,59 @@ def class_tokens(encoder, loader, batch_size):
 
 
 class PatchTokens:
-    """The normalised patch tokens of the last `layers` layers side by side, with masks, of any lists of images."""
+    """The normalised patch tokens of the last `layers` layers side by side, with masks, of any lists of images; in the
+    precision of `amp`.
+
+    Chunks of images belong to the ranks in turn. Tokens of the first ones are computed once and kept, up to half of the
+    devices' memory; the others are computed whenever they are asked for. One rank has or computes a token and the
+    others add zero: no digit depends on the number of ranks.
+    """
 
     def __init__(self, backbone, loader, layers, amp):
         self.backbone, self.loader, self.layers, self.amp = backbone, loader, layers, amp
+        self.dtype = torch.bfloat16 if amp == "bf16" else torch.float32
         self.dim = layers * backbone.embed_dim
-        self.side = loader.args.image_size // backbone.patch_size  # in patches
-        self.kept = None
-        count, world = len(loader.split), loader.world
-        if count * self.dim * self.side**2 * 4 <= KEPT_BYTES:
-            batches = torch.arange(count).split(CHUNK * world.size)
-            features, masks = zip(*progress(self.compute(batches), "features", world, len(batches)), strict=True)
-            self.kept = torch.cat(features), torch.cat(masks)
+        side, M, world = loader.args.image_size // backbone.patch_size, loader.args.map_size, loader.world
+        self.shape, self.mask_shape = (self.dim, side, side), (M, M)
+        room = memory_share(world.device, 1 / 2)
+        if world.device.type == "cuda":  # a CPU's memory is that of all ranks
+            room *= world.size
+        chunk_bytes = CHUNK * (self.dim * side**2 * self.dtype.itemsize + 2 * M**2)
+        chunks = torch.arange(len(loader.split)).split(CHUNK)[: int(room // chunk_bytes)]
+        self.kept = sum(map(len, chunks))  # images 0 to kept - 1
+        own = chunks[world.rank :: world.size]
+        self.features = torch.empty(len(own) * CHUNK, *self.shape, dtype=self.dtype, device=world.device)
+        self.masks = torch.empty(len(own) * CHUNK, M, M, dtype=torch.int16, device=world.device)
+        loaded = progress(loader.fetch(own), "features", world, len(own))
+        for start, (images, masks) in enumerate(loaded):
+            rows = slice(start * CHUNK, start * CHUNK + len(images))
+            self.features[rows], self.masks[rows] = self.of(images), masks
 
     @torch.no_grad()
     def of(self, images):
         """images (B, 3, H, W) -> (B, layers * D, h, w)."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp == "bf16"):
             tokens = self.backbone.get_intermediate_layers(images, n=self.layers, reshape=True)  # of (B, D, h, w) each
-        return torch.cat([layer.float() for layer in tokens], dim=1)
+        return torch.cat(tokens, dim=1).to(self.dtype)
 
     def batches(self, batches):
-        """(features (B, layers * D, h, w), masks (B, M, M) int64) of every list of images."""
-        if self.kept is None:
-            yield from self.compute(batches)
-            return
-        features, masks = self.kept
-        for batch in batches:
-            yield features[batch], masks[batch]
-
-    def compute(self, batches):
-        """Every chunk of a batch on one rank, the others add zero: all ranks have the same digits for any number."""
-        world, M = self.loader.world, self.loader.args.map_size
-        chunks = []  # this rank's
-        for batch in batches:
-            chunks += batch.split(CHUNK)[world.rank :: world.size]
-        loaded = self.loader.fetch(chunks)
-        for batch in batches:
-            features = torch.zeros(len(batch), self.dim, self.side, self.side, device=world.device)
-            masks = torch.zeros(len(batch), M, M, dtype=torch.int64, device=world.device)
-            for places in torch.arange(len(batch)).split(CHUNK)[world.rank :: world.size]:
-                images, masks[places] = next(loaded)
-                features[places] = self.of(images)
+        """(features (B, layers * D, h, w) float32, masks (B, M, M) int64) of every list of images, on all ranks."""
+        world = self.loader.world
+        missing = [torch.nonzero(batch >= self.kept)[:, 0].split(CHUNK) for batch in batches]  # places in the batch
+        own = [places[world.rank :: world.size] for places in missing]
+        loaded = self.loader.fetch([batch[x] for batch, places in zip(batches, own, strict=True) for x in places])
+        for batch, places in zip(batches, own, strict=True):
+            features = torch.zeros(len(batch), *self.shape, dtype=self.dtype, device=world.device)
+            masks = torch.zeros(len(batch), *self.mask_shape, dtype=torch.int64, device=world.device)
+            chunk = batch // CHUNK
+            here = torch.nonzero((batch < self.kept) & (chunk % world.size == world.rank))[:, 0]
+            rows = chunk[here] // world.size * CHUNK + batch[here] % CHUNK
+            features[here], masks[here] = self.features[rows], self.masks[rows].long()
+            for x in places:
+                images, masks[x] = next(loaded)
+                features[x] = self.of(images)
             all_reduce(features, masks)
-            yield features, masks
+            yield features.float(), masks
 
 
 def confusion_matrix(predictions, targets, num_classes):

@@ -10,9 +10,12 @@ the number of processes, workers and accumulation steps changes neither.
 Shapes: B images, H W pixels, S side of a decoded image, M side of a map of labels.
 """
 
+import functools
 import math
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import numpy as np
 import torch
@@ -23,7 +26,8 @@ from common.distributed import all_reduce, progress
 from common.images import pad_crop_flip, random_crop, resize_mask, square, stretch, to_input
 
 VOID = 255  # in masks: a pixel that takes no part
-RESIDENT_BYTES = 4 * 2**30
+PIECE = 64  # images at most that a worker decodes at a time, so that a large batch is shared among the workers
+PREFETCH = 2  # pieces that each worker is asked for ahead of time
 ORDER, AUGMENT, CROP, LINEAR, WRONG_LABELS = range(5)  # what a stream of random numbers is for
 
 
@@ -32,13 +36,54 @@ def random_generator(purpose, *key):
     return torch.Generator().manual_seed(int(np.random.SeedSequence((purpose, *key)).generate_state(1)[0]))
 
 
+def memory_share(device, share):
+    """`share` of the device's memory, in bytes; for a CPU 4 GiB, whatever it has."""
+    if device.type == "cuda":
+        return share * torch.cuda.get_device_properties(device).total_memory
+    return 4 * 2**30
+
+
+class Decoder:
+    """What becomes of a sample before it is in memory: its parts, which are an image (3, S, S) uint8 for each side, and
+    its class or mask; with `native` the mask (H, W) as its file has it, a NumPy array."""
+
+    def __init__(self, split, args, *, sides, native, resized_crop):
+        self.split, self.args = split, args
+        self.sides, self.native, self.resized_crop = sides, native, resized_crop
+
+    def decode(self, i, key=()):
+        """The parts of sample i. `key` is for what is drawn at random."""
+        pixels, target = self.split.read(i)
+        if self.split.masks:
+            mask = target if self.native else resize_mask(torch.from_numpy(target), self.args.map_size)
+            return [*(stretch(pixels, side) for side in self.sides), mask]
+        if self.resized_crop:
+            image = random_crop(pixels, self.args.crop_size, random_generator(CROP, *key, i).initial_seed())
+        else:
+            image = square(pixels, self.args.crop_size, self.args.resize_size)
+        return [image, torch.tensor(target)]
+
+    def __getitem__(self, request):
+        """The parts of the samples `indices`, each stacked (masks as their files have them: a list), of a request
+        (indices, key). An InputError is returned: raised, it would leave a worker as a traceback."""
+        indices, key = request
+        try:
+            *images, targets = zip(*[self.decode(i, key) for i in indices], strict=True)
+        except InputError as error:
+            return error
+        return [*map(torch.stack, images), list(targets) if self.native else torch.stack(targets)]
+
+
 class Loader:
     """Batches of a split on this process's device: `epoch` for training, `in_order` for evaluation, `fetch` for any
     lists of samples.
 
     Images are (B, 3, image_size, image_size) float32; for segmentation there may be several, one for each of `sides`.
     Targets are (B,) int64, or masks (B, M, M) int64 with M = args.map_size and -100 for void, as PyTorch's losses
-    have it; with `native` a list of masks (H, W) uint8 as their files have them.
+    have it; with `native` a list of masks (H, W) uint8, NumPy arrays, as their files have them.
+
+    A set of up to an eighth of the device's memory is decoded once and stays there. Larger ones, and random resized
+    crops, are decoded for each batch, by args.workers processes that live as long as the loader.
     """
 
     def __init__(self, split, args, world, *, augment=False, sides=None, native=False):
@@ -47,9 +92,27 @@ class Loader:
         self.sides = sides or [args.image_size]
         self.resized_crop = augment and args.resized_crop
         self.pad = 0 if self.resized_crop or split.masks else args.crop_size // 8  # 4 for CIFAR, 8 for Tiny-ImageNet
-        first = self.decode(0)
-        streams = native or self.resized_crop or len(split) * sum(part.nbytes for part in first) > RESIDENT_BYTES
-        self.resident = None if streams else self.decode_all(first)
+        options = {"sides": self.sides, "native": native, "resized_crop": self.resized_crop}
+        self.decoder = Decoder(split, args, **options)
+        first = self.decoder.decode(0)
+        self.sample_bytes = sum(part.nbytes for part in first)
+        too_large = len(split) * self.sample_bytes > memory_share(world.device, 1 / 8)
+        self.requests = []  # of the workers
+        self.resident = None
+        if not (native or self.resized_crop or too_large):
+            self.resident = self.decode_all(first)
+
+    @functools.cached_property
+    def workers(self):
+        """A DataLoader that gives what self.requests lists, in this order, whenever it is iterated."""
+        options = {"sampler": self.requests, "batch_size": None, "num_workers": self.args.workers}
+        options["collate_fn"] = lambda parts: parts  # are whole
+        if self.args.workers:
+            options |= {"persistent_workers": True, "prefetch_factor": PREFETCH}
+            options["pin_memory"] = self.world.device.type == "cuda"
+            options["multiprocessing_context"] = "fork"  # functions cannot be pickled
+            options["worker_init_fn"] = lambda worker: os.setpgid(0, 0)  # signals to the group are for the run
+        return DataLoader(self.decoder, **options)
 
     def __len__(self):
         """The number of steps in an epoch."""
@@ -81,7 +144,7 @@ class Loader:
         return batch.tensor_split(self.world.size)[self.world.rank]
 
     def augmented(self, images, targets, count, generator):
-        """Images (B, S, S, 3) and targets of this rank, shifted and flipped; masks are flipped with their images. Drawn
+        """Images (B, 3, S, S) and targets of this rank, shifted and flipped; masks are flipped with their images. Drawn
         for all `count` samples of the global batch, and so the same whatever the number of ranks."""
         shifts = torch.randint(0, 2 * self.pad + 1, (count, 2), generator=generator)
         flips = torch.rand(count, generator=generator) < 0.5
@@ -103,7 +166,7 @@ class Loader:
             yield *(to_input(x, side) for x, side in zip(images, self.sides, strict=True)), targets
 
     def decoded(self, batches, key=()):
-        """As `fetch`, but images are (B, S, S, 3) uint8; from the device's memory, or by workers. `key` is for what is
+        """As `fetch`, but images are (B, 3, S, S) uint8; from the device's memory, or by workers. `key` is for what is
         drawn at random."""
         if self.resident is None:
             found = self.by_workers(batches, key)
@@ -116,49 +179,44 @@ class Loader:
             yield *images, targets
 
     def by_workers(self, batches, key):
-        """The parts of each list of samples; masks as their files have them are a list."""
+        """The parts of each list of samples, put together from the pieces that workers decode."""
+        pieces = [batch.split(PIECE) for batch in batches]
+        self.requests[:] = [(indices.tolist(), key) for batch in pieces for indices in batch]
+        self.check_shared_memory(max(map(len, batches), default=0))
+        decoded = iter(self.workers)
+        for batch in pieces:
+            parts = zip(*(self.received(next(decoded)) for _ in batch), strict=True)
+            yield [torch.cat(part) if torch.is_tensor(part[0]) else list(chain(*part)) for part in parts]
 
-        def load(indices):
-            try:
-                *images, targets = zip(*[self.decode(i, key) for i in indices.tolist()], strict=True)
-            except InputError as error:  # as a value: the DataLoader would wrap it into a traceback
-                return error
-            targets = list(targets) if self.native else torch.stack(targets)
-            return [*map(torch.stack, images), targets]
+    def received(self, parts):
+        """What came from a worker, on this process's device."""
+        if isinstance(parts, InputError):
+            raise parts
+        return [x.to(self.world.device, non_blocking=True) if torch.is_tensor(x) else x for x in parts]
 
-        options = {"num_workers": self.args.workers, "pin_memory": self.world.device.type == "cuda"}
-        if self.args.workers:  # fork: functions cannot be pickled; setpgid: signals to the group are for the run
-            options |= {"multiprocessing_context": "fork", "worker_init_fn": lambda worker: os.setpgid(0, 0)}
-        # An item is a batch's indices; collate_fn decodes them, in the worker.
-        for parts in DataLoader(list(batches), batch_size=None, collate_fn=load, **options):
-            if isinstance(parts, InputError):
-                raise parts
-            yield [x if isinstance(x, list) else x.to(self.world.device, non_blocking=True) for x in parts]
-
-    def decode(self, i, key=()):
-        """The parts of sample i: pixels (S, S, 3) uint8 for each side, and target or mask."""
-        image, target = self.split.read(i)
-        if self.split.masks:
-            mask = torch.from_numpy(target)
-            if not self.native:
-                mask = resize_mask(mask, self.args.map_size)
-            return [*(stretch(image, side) for side in self.sides), mask]
-        if self.resized_crop:
-            pixels = random_crop(image, self.args.crop_size, random_generator(CROP, *key, i).initial_seed())
-        else:
-            pixels = square(image, self.args.crop_size, self.args.resize_size)
-        return [pixels, torch.tensor(target)]
+    def check_shared_memory(self, batch_size):
+        """Raises InputError where /dev/shm cannot hold the images between workers and training: a worker would die of
+        a bus error."""
+        workers = self.args.workers
+        if not workers or not os.path.isdir("/dev/shm"):
+            return
+        images = batch_size + workers * PREFETCH * min(PIECE, batch_size)
+        needed = images * self.sample_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        free = shutil.disk_usage("/dev/shm").free
+        if needed > free:
+            raise InputError(f"--workers {workers}: up to {needed / 1e9:.2f} GB of images are in shared memory at a "
+                             f"time, and /dev/shm has {free / 1e9:.2f} GB; take fewer, or give the container more "
+                             "(docker run --ipc=host)")  # fmt: skip
 
     def decode_all(self, first):
         """Every part of all samples, stacked, on the device. Each rank decodes its share, adds zero to the others'."""
         world, count = self.world, len(self.split)
-        stores = [torch.zeros(count, *part.shape, dtype=part.dtype) for part in first]
+        stores = [torch.zeros(count, *part.shape, dtype=part.dtype, device=world.device) for part in first]
         own = range(world.rank, count, world.size)
         with ThreadPoolExecutor(max(1, self.args.workers)) as pool:
-            decoded = progress(pool.map(self.decode, own), "decode", world, len(own))
+            decoded = progress(pool.map(self.decoder.decode, own), "decode", world, len(own))
             for i, parts in zip(own, decoded, strict=True):
                 for store, part in zip(stores, parts, strict=True):
                     store[i] = part
-        stores = [store.to(world.device) for store in stores]
         all_reduce(*stores)
         return stores

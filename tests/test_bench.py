@@ -3,9 +3,11 @@
 import json
 from types import SimpleNamespace
 
+import pytest
 import torch
 from conftest import stderr_of
 
+from common.cli import cores_per_rank
 from tools import bench
 
 
@@ -16,24 +18,16 @@ def test_bench_writes_what_it_measured(tmp_path, capsys):
     result = json.loads(output.read_text())
     assert {"torch_version", "device_name", "threads", "backbone", "amp"} <= result["machine"].keys()
     (loss,) = result["loss"]
-    assert loss["eager ms"] > 0 and loss["compiled ms"] > 0 and 1 < loss["eager keeps"] < 10
+    assert loss["eager ms"] > 0 and loss["compiled ms"] > 0
     names = [row["setting"].split(", ")[:2] for row in result["steps"]]
     assert names == [[dataset, method] for dataset in bench.SETTINGS for method in ("finetune", "grpo_rm")]
-    for finetune, grpo_rm in zip(result["steps"][::2], result["steps"][1::2], strict=True):
-        assert 1 <= grpo_rm["kept GB"] / finetune["kept GB"] < 1.5  # the old policy keeps nothing
-    assert result["steps"][-1]["paper: s"] == "1669.80" and result["loader"]["images/s"] > 0
+    rates = {row["loader"]: row["images/s"] for row in result["loaders"]}
+    assert rates.keys() == {"imagenet", "coco_stuff", "imagenet, torchvision"} and min(rates.values()) > 0
+    last = result["steps"][-1]
+    workers = cores_per_rank()
+    fed = workers * rates["coco_stuff"] * last["step ms"] / 1e3 / 2
+    assert last["paper: s"] == "1669.80" and last[f"fed by {workers} workers"] == pytest.approx(fed)
     assert "| voc2012, grpo_rm, 2 x 28^2 | " in capsys.readouterr().out
-
-
-def test_what_is_kept_for_the_backward_pass_by_hand():
-    weight = torch.ones(8, 4, requires_grad=True)
-
-    def run(rows):
-        hidden = torch.ones(rows, 4) @ weight.T  # keeps its input, 16 bytes a row, and the weight
-        hidden.exp().mul(2).view(-1).sum().backward()  # keeps the output of exp, 32 bytes a row
-
-    assert bench.bytes_kept(lambda: run(10), weight) == 10 * 48
-    assert bench.bytes_kept(lambda: [run(10), run(7)], weight) == 10 * 48  # what was let go of does not count
 
 
 def test_medians_are_taken_over_turns(monkeypatch):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, in_processes, write_mask, write_pair
-from PIL import Image
+from PIL import Image, ImageOps
 
 import data
 from common import distributed
@@ -138,7 +138,7 @@ def test_layout_of_folders_of_classes(name, home, image_folder, tmp_path):
     train, val = splits(name, tmp_path / "root")
     assert train.classes == ["class0", "class1", "class2"] and (len(train), len(val)) == (18, 6)
     images, targets = zip(*map(train.read, range(18)), strict=True)
-    assert {image.mode for image in images} == {"RGB"}  # grey and palette images too; 16 bits are scaled, not cut off
+    assert {image.shape[2] for image in images} == {3}  # grey and palette images too; 16 bits are scaled, not cut off
     assert np.array_equal(images[1], (deep >> 8)[..., None].repeat(3, 2)) and list(targets) == sorted([0, 1, 2] * 6)
     assert [val.read(i)[1] for i in range(6)] == [0, 0, 1, 1, 2, 2]
 
@@ -149,7 +149,7 @@ def test_layout_of_a_folder_with_masks(mask_folder):
     assert train.classes == val.classes == ["sky", "road", "car"] and (len(train), len(val)) == (6, 4)
     for i in range(4):  # grey masks and the indices of palettes
         image, mask = val.read(i)
-        assert (image.mode, image.size, mask.dtype) == ("RGB", mask.shape[::-1], np.uint8)
+        assert (image.shape, mask.dtype) == ((*mask.shape, 3), np.uint8)
         assert mask[1:3, (0, 20, 40)].tolist() == [[VOID] * 3, [0, 1, 2]]
     (mask_folder / "classes.txt").unlink()
     assert splits("folder", mask_folder)[0].classes == ["class 0", "class 1", "class 2"]
@@ -186,7 +186,7 @@ def relabel(pattern, change, root, mode="L", suffix=".png"):
     (MASKS, remove("images/val", "masks/val"), "images/val holds no image"),
     (MASKS, put("images/train/2.webp", b""), r"train/2\.jpg and .*train/2\.webp and .*2\.png: needed"),
     (MASKS, put("masks/val/2.bmp", b""), r"val/2\.bmp and .*val/2\.png: needed"),
-    (MASKS, partial(relabel, TWO, lambda x: x[1:]), r"train/2\.png is \(62, 39\) pixels, its image \(62, 40\)"),
+    (MASKS, partial(relabel, TWO, lambda x: x[1:]), r"train/2\.png has 39 x 62 pixels, its image 40 x 62"),
     (MASKS, partial(relabel, "val/2.png", lambda x: x + 1), r"val/2\.png has label 3; labels are 0 to 2, and 255"),
     (MASKS, partial(relabel, TWO, lambda x: x, mode="RGB"), r"train/2\.png cannot be read \(PNG RGB "),
     (MASKS, partial(relabel, TWO, lambda x: x, suffix=".jpg"), r"train/2\.jpg cannot be read \(JPEG L "),
@@ -207,7 +207,7 @@ def test_bad_folders_are_named_in_one_line(dataset, spoil, message, request, mon
         write_set(root, name)
     spoil(root)
     for resident in (2**30, 0):  # decoded in threads, and in a worker process
-        monkeypatch.setattr("common.loader.RESIDENT_BYTES", resident)
+        monkeypatch.setattr("common.loader.memory_share", lambda device, share, room=resident: room)
         with pytest.raises(InputError, match=message) as error:
             for split in splits(name, root, download=True):
                 list(Loader(split, arguments(name, root), CPU).epoch(0))
@@ -275,11 +275,11 @@ def test_sets_of_torchvision(name, tmp_path, monkeypatch):
     """Which are fetched, checked and read there."""
     shape = (3, 3, 96, 96) if name == "stl10" else (3, 32, 32, 3)
 
-    def fake(self, root, part, download):
+    def fake(self, root, part, transform, download):
         if not download:
             raise RuntimeError("Dataset not found.\nand more")
         self.data, self.targets, self.classes = noise(0, *shape), [0, 1, 0], ["cat", "dog"]
-        self.labels, self.transform, self.target_transform = np.array(self.targets), None, None
+        self.labels, self.transform, self.target_transform = np.array(self.targets), transform, None
         asked.append((root, part))
 
     asked = []
@@ -326,7 +326,7 @@ def test_missing_sets_are_fetched_from_their_publishers_once(name, archives, tab
         train, val = splits(name, tmp_path, download=download)
         assert asked == expected
     image, target = train.read(1)
-    assert (len(train), len(val), image.mode, image.size, target.dtype) == (3, 2, "RGB", (51, 37), np.uint8)
+    assert (len(train), len(val), image.shape, target.dtype) == (3, 2, (37, 51, 3), np.uint8)
     assert np.array_equal(target, table[labels_of(name, 1)]) and len({*train.classes}) == len(train.classes) == classes
     assert name != "ade20k" or (train.classes[0] == "wall" and train.classes[1].startswith("building"))
 
@@ -395,6 +395,29 @@ def test_exif_orientation_is_applied_where_the_mask_fits(image_folder, mask_fold
         assert np.array_equal(splits("folder", mask_folder)[0].read(0)[0], image)
 
 
+@pytest.mark.parametrize("kind", ["RGB", "L", "CMYK", "one pixel", "turned", "without torchvision's decoder"])
+def test_a_jpeg_is_pillows_to_the_bit(kind, tmp_path, monkeypatch):
+    file, exif = tmp_path / "x.jpg", Image.Exif()
+    exif[ORIENTATION] = 6 if kind == "turned" else 1
+    image = Image.fromarray(noise(0, 1, 1, 3) if kind == "one pixel" else noise(0, 37, 50, 3))
+    image.convert(kind if kind in ("L", "CMYK") else "RGB").save(file, exif=exif)
+    if kind == "without torchvision's decoder":
+        monkeypatch.setattr("common.images.decode_jpeg", None)
+    with Image.open(file) as stored:
+        upright, as_stored = (np.asarray(x.convert("RGB")) for x in (ImageOps.exif_transpose(stored), stored))
+    assert np.array_equal(data.read_image(file), upright)
+    assert np.array_equal(data.read_image(file, upright=False), as_stored)
+    assert upright.shape != as_stored.shape or kind != "turned"
+
+
+def test_a_jpeg_that_claims_to_be_huge_is_refused(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "x.jpg")
+    content = (tmp_path / "x.jpg").read_bytes()
+    write(tmp_path / "x.jpg", content.replace(b"\x08\x00\x08\x00\x08", b"\x08\xff\xf0\xff\xf0"))
+    with pytest.raises(InputError, match=r"x\.jpg cannot be read \(Image size \(4292870400 pixels\) exceeds"):
+        data.read_image(tmp_path / "x.jpg")
+
+
 def test_limits_keep_all_classes_and_a_fraction_is_the_seeds():
     def load(**more):
         train, val = load_data(arguments(limit_train=100, limit_val=2000, **more), CPU)
@@ -424,5 +447,6 @@ def test_label_noise_is_of_training_samples_before_limits(image_folder):
     kept = np.linspace(0, 17, 12).round().astype(int)
     for i, shift in enumerate(data.label_shifts(18, 3, 0.4, seed=1)[kept]):
         (image, label), (same_image, noisy_label) = clean.read(i), noisy.read(i)
-        assert image == same_image == data.read_image(noisy.files[i]) and noisy_label == (label + shift) % 3
+        assert torch.equal(image, same_image) and torch.equal(image, data.read_image(noisy.files[i]))
+        assert noisy_label == (label + shift) % 3
     assert everything(val) == everything(noisy_val)

@@ -20,7 +20,7 @@ import eval_knn
 import eval_linear
 import train_cls
 import train_seg
-from common import backbone
+from common import backbone, features
 from common.backbone import load_backbone
 from common.demo import SHAPES
 from common.features import PatchTokens, class_tokens
@@ -241,14 +241,26 @@ def tokens_of(layers=1, world=CPU, count=37):
 
 
 def test_kept_and_recomputed_tokens_give_the_same_layer(monkeypatch):
-    args = recipe(epochs=2, batch_size=20, lr=1e-2, lr_end=1e-3)
-    kept = tokens_of()
-    monkeypatch.setattr("common.features.KEPT_BYTES", 0)
-    recomputed = tokens_of()
-    assert kept.kept is not None and recomputed.kept is None
-    one, other = (eval_linear.fit_segmenter(source, 11, args).state_dict() for source in (kept, recomputed))
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    assert one["1.weight"].abs().max() > 0.02  # has learned: it starts from a deviation of 0.01
+    """All tokens kept, those of the first chunk alone, none."""
+    args, layers = recipe(epochs=2, batch_size=20, lr=1e-2, lr_end=1e-3), []
+    chunk_bytes = 16 * (96 * 2 * 2 * 4 + 2 * 12 * 12)
+    for room, kept in ((2**30, 37), (2 * chunk_bytes - 1, 16), (0, 0)):
+        monkeypatch.setattr("common.features.memory_share", lambda device, share, room=room: room)
+        source = tokens_of()
+        assert source.kept == kept
+        layers.append(eval_linear.fit_segmenter(source, 11, args).state_dict())
+    for other in layers[1:]:
+        torch.testing.assert_close(layers[0], other, rtol=1e-4, atol=1e-5)
+    assert layers[0]["1.weight"].abs().max() > 0.02  # has learned: it starts from a deviation of 0.01
+
+
+def test_tokens_are_kept_in_the_precision_of_amp():
+    torch.manual_seed(0)
+    source = PatchTokens(load_backbone("vit_tiny"), drawn("shapes_seg", 20), 1, "bf16")
+    ((features, masks),) = source.batches([torch.tensor([3, 19])])
+    assert source.features.dtype == torch.bfloat16 and (features.dtype, masks.dtype) == (torch.float32, torch.int64)
+    ((exact, same_masks),) = tokens_of(count=20).batches([torch.tensor([3, 19])])
+    assert torch.equal(masks, same_masks) and (masks == -100).any() and torch.allclose(features, exact, atol=0.05)
 
 
 def test_the_gradient_of_the_layer_is_that_of_the_whole_batch(monkeypatch):
@@ -299,7 +311,7 @@ def test_images_are_scored_at_the_size_of_their_masks(features, mask_folder, tmp
                 total = total + F.interpolate(logits, size=mask.shape, mode="bilinear")[0].softmax(0)
         found.append(total.argmax(0))
         assert np.array_equal(mask, split.read(i)[1])
-        confusion = confusion + confusion_matrix(found[-1], mask, 3)
+        confusion = confusion + confusion_matrix(found[-1], torch.tensor(mask), 3)
     scores = segmentation_scores(confusion)
     assert result["val_pixels"] == confusion.sum() == sum((mask != VOID).sum() for mask in masks)
     assert all(result[name] == pytest.approx(100 * scores[name], abs=1e-4) for name in ("pixel_acc", "iou", "miou"))
@@ -335,12 +347,14 @@ STAGES = {
 
 
 def run_stages(world, directory):
-    """Class tokens, and patch tokens kept and computed anew, with targets and masks; then the scripts."""
-    features, targets = class_tokens(encoder_of_seed_0(), drawn("shapes", 50, world), 16)
-    source, batches = tokens_of(1, world), [torch.arange(36, -1, -1)]
-    (kept,) = source.batches(batches)
-    (computed,) = source.compute(batches)
-    torch.save([features, targets, *kept, *computed], f"{directory}/{world.rank} of {world.size}.pth")
+    """Class tokens, and patch tokens kept and, but for 16 images, computed anew, with targets and masks; then the
+    scripts."""
+    found = [*class_tokens(encoder_of_seed_0(), drawn("shapes", 50, world), 16)]
+    for room in (2**30, 30000 * 16):
+        features.memory_share = lambda device, share, room=room: room
+        (batch,) = tokens_of(1, world).batches([torch.arange(36, -1, -1)])
+        found += batch
+    torch.save(found, f"{directory}/{world.rank} of {world.size}.pth")
     with open(f"{directory}/{world.rank} of {world.size}.txt", "w") as file, contextlib.redirect_stdout(file):
         for name, (module, flags) in STAGES.items():
             module.main.__wrapped__([*flags, "--batch-size", "16", "--output", f"{directory}/{name}{world.size}.json"])

@@ -1,6 +1,9 @@
 """Loader and transforms: batches are a function of the seed alone; an image is prepared in one way everywhere."""
 
+import os
 from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +13,8 @@ from PIL import Image
 from test_data import ORIENTATION, SEGMENTATION, arguments, equal, noise, splits
 
 from common import distributed
-from common.images import MEAN, STD, input_transform, pad_crop_flip, resize_mask, to_input, to_rgb
+from common.cli import InputError
+from common.images import MEAN, STD, input_transform, pad_crop_flip, resize_mask, to_pixels
 from common.loader import Loader
 from data import Split
 
@@ -49,9 +53,39 @@ def test_global_batches_depend_on_the_seed_alone(name, augment, monkeypatch):
     assert equal(batches(augment=False), expected) != augment
     assert not any(torch.equal(other[0][1], expected[0][1]) for other in (batches(epoch=3), batches(seed=2)))
     for resident in (2**30, 0):
-        monkeypatch.setattr("common.loader.RESIDENT_BYTES", resident)
+        monkeypatch.setattr("common.loader.memory_share", lambda device, share, room=resident: room)
         assert equal(batches(size=2, workers=0), expected) and equal(batches(size=3, workers=2), expected)
         assert equal(batches(start=2), expected[2:])
+
+
+def test_workers_live_on_and_share_a_batch(monkeypatch):
+    """Through all epochs, also after one that was left in its middle; what each is given is a piece of a batch."""
+    monkeypatch.setattr("common.loader.memory_share", lambda device, share: 0)
+    monkeypatch.setattr("common.loader.PIECE", 4)
+    split = Split(["a"] * 256, 22, lambda i: (torch.full((28, 28, 3), i, dtype=torch.uint8), os.getpid() + 256 * i))
+    loader, found = Loader(split, arguments(batch_size=11, workers=2), CPU), []
+    next(loader.epoch(0))
+    for epoch in range(3):
+        for images, targets in loader.epoch(epoch):
+            assert torch.equal(images[:, 0, 0, 0].argsort(), (targets // 256).argsort())
+            found.append({target - 256 * i for i in range(22) for target in targets.tolist()} & alive())
+    assert len(set.union(*found)) == 2 and max(map(len, found)) == 2 and os.getpid() not in found[0]
+
+
+def alive():
+    """This process's children."""
+    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+
+
+def test_too_little_shared_memory_is_one_line(monkeypatch):
+    monkeypatch.setattr("common.loader.memory_share", lambda device, share: 0)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=20 * 2**20))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    split = splits("shapes")[0]
+    assert next(Loader(split, arguments(batch_size=100, workers=2), CPU).epoch(0))
+    loader = Loader(split, arguments(batch_size=1024, workers=2), CPU)
+    with pytest.raises(InputError, match=r"--workers 2: up to 0\.03 GB .* /dev/shm has 0\.02 GB; take fewer, or give"):
+        next(loader.epoch(0))
 
 
 @pytest.mark.parametrize(("count", "size"), [(30, 1), (30, 3), (3, 4)])
@@ -68,7 +102,8 @@ def test_in_order_deals_whole_batches(count, size):
 def test_image_and_mask_are_flipped_together():
     """Every image shows its mask, and still does after augmentation."""
     masks = noise(0, 20, 28, 28, high=200)
-    split = Split(["a"] * 200, 20, lambda i: (Image.fromarray(masks[i]).convert("RGB"), masks[i]), masks=True)
+    grey = torch.tensor(masks)[..., None].expand(-1, -1, -1, 3)
+    split = Split(["a"] * 200, 20, lambda i: (grey[i], masks[i]), masks=True)
     loader = Loader(split, arguments("voc2012", map_size=28), CPU, augment=True)
     mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     images, targets = (torch.cat(parts) for parts in zip(*loader.epoch(0), strict=True))
@@ -80,7 +115,7 @@ def test_image_and_mask_are_flipped_together():
 def test_pad_crop_flip_against_a_loop():
     pixels, shifts = torch.tensor(noise(0, 12, 8, 8, 3)), torch.tensor(noise(1, 12, 2, high=5).astype(int))
     flips = torch.arange(12) % 2 == 0
-    result = pad_crop_flip(pixels, shifts, flips, 2)
+    result = pad_crop_flip(pixels.movedim(-1, 1), shifts, flips, 2).movedim(1, -1)
     for i, (row, column) in enumerate(shifts.tolist()):
         window = np.pad(pixels[i].numpy(), ((2, 2), (2, 2), (0, 0)))[row : row + 8, column : column + 8]
         assert np.array_equal(result[i], window[:, ::-1] if flips[i] else window)
@@ -96,13 +131,13 @@ def test_masks_are_resized_to_the_label_at_the_centre(size, side):
 
 def test_imagenet_validation_is_the_centre_of_a_larger_resize():
     """The shorter side becomes image_size * 256 / 224."""
-    image = Image.fromarray(noise(0, 64, 96, 3))
-    loader = Loader(Split(["a", "b"], 1, lambda i: (image, 0)), arguments("imagenet"), CPU)
-    ((_, images, _),) = loader.in_order(4)
-    expected = image.resize((48, 32), Image.Resampling.BICUBIC).crop((10, 2, 38, 30))
-    assert torch.equal(images, to_input(torch.tensor(np.asarray(expected))[None], 28))
-    loader.resized_crop = True  # as with augmentation: drawn for a sample in an epoch
-    crops = [loader.decode(i, key=(1, epoch))[0] for i, epoch in ((0, 0), (1, 0), (0, 1))]
+    pixels = noise(0, 64, 96, 3)
+    split = Split(["a", "b"], 1, lambda i: (torch.tensor(pixels), 0))
+    decoded, target = Loader(split, arguments("imagenet"), CPU).resident
+    expected = Image.fromarray(pixels).resize((48, 32), Image.Resampling.BICUBIC).crop((10, 2, 38, 30))
+    assert abs(decoded[0].movedim(0, -1).int() - torch.tensor(np.asarray(expected)).int()).max() <= 1 and target == 0
+    decoder = Loader(split, arguments("imagenet"), CPU, augment=True).decoder  # drawn for a sample in an epoch
+    crops = [decoder.decode(i, key=(1, epoch))[0] for i, epoch in ((0, 0), (1, 0), (0, 1))]
     assert len({crop.numpy().tobytes() for crop in crops}) == 3
 
 
@@ -115,7 +150,7 @@ def test_the_transform_of_a_run_is_the_loaders(dataset):
     images = [Image.fromarray(pixels), turned, Image.fromarray(noise(1, 40, 61)).convert("P")]
     images += [Image.fromarray(noise(2, 40, 61).astype(np.uint16) * 257)]
     masks, mask = args.task == SEGMENTATION, np.zeros((4, 4), np.uint8)
-    split = Split(["a", "b"], 4, lambda i: (to_rgb(images[i]), mask if masks else 0), masks)
+    split = Split(["a", "b"], 4, lambda i: (to_pixels(images[i]), mask if masks else 0), masks)
     ((_, expected, _),) = Loader(split, args, CPU).in_order(4)
     assert torch.equal(torch.stack([*map(input_transform(vars(args)), images)]), expected)
     assert torch.equal(expected[0], expected[1]) and turned.size == (40, 61)

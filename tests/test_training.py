@@ -1,5 +1,6 @@
 """Algorithm 1: processes and accumulation, the old policy, the schedule, what a run leaves behind and warns of."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -260,6 +261,27 @@ def test_the_rates_of_a_run(method, warmup, tmp_path, before_steps):
     expected = [learning_rate(step, 6, 3 * warmup, 1e-3, 1e-5) for step in range(6)]
     assert rates == [[rate, pytest.approx(10 * rate)] for rate in expected]
     assert [line["lr"] for line in steps_of(tmp_path)] == expected
+
+
+@pytest.mark.parametrize(("task", "method"), BOTH)
+def test_nothing_in_a_step_needs_a_number_of_the_device(task, method, monkeypatch):
+    """On meta tensors, which have none: a step that asked for one would make the host wait."""
+    script = train_cls if task == "cls" else train_seg
+    args = parse(script, "--method", method, "--grad-accum", 2, "--max-grad-norm", 1)
+    monkeypatch.setitem(grpo_rm.VALUES_AT_ONCE, "meta", 2**20)
+    monkeypatch.setattr(torch, "autocast", lambda *device, **options: contextlib.nullcontext())  # has none for meta
+    heads = {"cls": lambda: ClassificationHead(96, 10), "seg": lambda: SegmentationHead(96, 11, map_size=128)}
+    policy, old_policy = (Policy(load_backbone("vit_tiny"), heads[task]()).to("meta") for _ in range(2))
+    old_policy = old_policy if method == "grpo_rm" else None
+    images, maps = torch.empty(8, 3, 28, 28, device="meta"), {"cls": (), "seg": (128, 128)}[task]
+    targets = torch.empty(8, *maps, dtype=torch.int64, device="meta")
+    optimizer, meter = torch.optim.Adam(policy.parameters(), fused=False), Meter()
+    for _ in range(2):
+        rest = policy.encoder, grpo_rm.make_loss(args), optimizer, images, targets, meter, args
+        training_step(policy, old_policy, *rest)
+    assert meter.sums["accuracy"].is_meta and meter.sums["images"][0] == 16
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"meta|data-dependent"):
+        meter.sums["accuracy"].sum().item()  # as any of these would
 
 
 def test_gradient_clipping():

@@ -10,21 +10,25 @@ spoils the numbers of a CPU.
 import copy
 import functools
 import statistics
+import tempfile
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch.utils.benchmark import Timer
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import InterpolationMode, v2
 
 import train_cls
 import train_seg
 from common import cli
 from common.backbone import load_backbone
 from common.checkpoint import environment, make_directory, write_json
+from common.demo import draw_scene
 from common.distributed import Meter, start_processes
 from common.loader import Loader
-from data import PROTOCOLS, Split, resolve_dataset
+from data import PROTOCOLS, class_folders, mask_folders, resolve_dataset
 from grpo_rm import ClassificationHead, Policy, SegmentationHead, grpo_rm_loss, make_loss, make_optimizer, training_step
 from tools.report import METHODS, PAPER, print_table
 
@@ -50,24 +54,8 @@ def medians(runs, repeats):
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def bytes_kept(run, *apart):
-    """The most bytes that autograd holds at once during `run` for its backward passes, without the tensors `apart`."""
-    alive, apart, peak = WeakIdKeyDictionary(), {tensor.untyped_storage().data_ptr() for tensor in apart}, 0
-
-    def keep(tensor):
-        nonlocal peak
-        tensor, storage = tensor.detach(), tensor.untyped_storage()  # an alias, which lives while autograd holds it
-        alive[tensor] = storage.data_ptr(), storage.nbytes()
-        peak = max(peak, sum(size for pointer, size in set(alive.values()) if pointer not in apart))
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        run()
-    return peak
-
-
 def measure_loss(shape, args, device):
-    """Forward and backward pass of the loss, eager and compiled. Kept: beside the inputs, in tensors of their size."""
+    """Forward and backward pass of the loss, eager and compiled."""
     old = torch.randn(shape, device=device)
     logits = (old + 0.3 * torch.randn_like(old)).requires_grad_()
     targets = torch.randint(shape[1], shape[:1], device=device)
@@ -78,14 +66,12 @@ def measure_loss(shape, args, device):
 
     compiled = torch.compile(grpo_rm_loss, dynamic=False, backend="eager" if args.quick else "inductor")
     runs = {"eager": lambda: run(grpo_rm_loss), "compiled": lambda: run(compiled)}
-    row = {"(N, G)": shape}
-    row |= {f"{name} ms": 1e3 * seconds for name, seconds in medians(runs, args.repeats).items()}
-    return row | {f"{name} keeps": bytes_kept(run, logits, old) / logits.nbytes for name, run in runs.items()}
+    return {"(N, G)": shape} | {f"{name} ms": 1e3 * x for name, x in medians(runs, args.repeats).items()}
 
 
-def measure_steps(dataset, args, device):
-    """A row for each method, whose training steps on images of noise come in turn. Kept: for the backward pass of the
-    paper's batch, from that of one image and of B."""
+def measure_steps(dataset, args, device, images_per_s):
+    """A row for each method, whose training steps on images of noise come in turn. `images_per_s` of the dataset's
+    loader, None where the images are resident, says what share of a step's images it decodes in the step's time."""
     outputs, train_images, cpu_batch, floor = SETTINGS[dataset]
     stage, make_head, map_shape = train_cls, ClassificationHead, ()
     if dataset in PROTOCOLS["segmentation"]:
@@ -119,8 +105,8 @@ def measure_steps(dataset, args, device):
         row = {"setting": f"{dataset}, {method}, {B} x {side}^2", "step ms": 1e3 * seconds}
         row |= {"epoch s": train_images / B * seconds, "paper: s": PAPER[dataset, "seconds"][METHODS[method]]}
         row["floor: s"] = floor if method == "finetune" else floor * 4 / 3
-        one = bytes_kept(functools.partial(steps[method], images[:1], targets[:1]))
-        row["kept GB"] = (one + (bytes_kept(runs[method]) - one) / (B - 1) * (options.batch_size - 1)) / 1e9
+        if images_per_s:
+            row[f"fed by {options.workers} workers"] = options.workers * images_per_s * seconds / B
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             runs[method]()
@@ -129,13 +115,50 @@ def measure_steps(dataset, args, device):
     return rows
 
 
-def measure_loader(args, world):
-    """Crop, flip and resize of images of Tiny-ImageNet's size that were decoded before."""
-    picture, count = Image.effect_noise((64, 64), 50).convert("RGB"), 1024
-    options = train_cls.parse_args(["--dataset", "tiny_imagenet", "--batch-size", "64", "--image-size", "70"])
-    resolve_dataset(options, "classification")
-    loader = Loader(Split(["noise"], count, lambda i: (picture, 0)), options, world, augment=True)
-    return {"images/s": count / medians({"epoch": lambda: list(loader.epoch(0))}, args.repeats)["epoch"]}
+def write_images(root, count):
+    """Drawn scenes as JPEG files of 500 x 375 pixels below `root`, in folders of classes and with masks."""
+    for folder in ("train/a", "train/b", "val/a", "images/train", "images/val", "masks/train", "masks/val"):
+        (root / folder).mkdir(parents=True)
+    for i in range(count):
+        pixels, mask = draw_scene(i, seed=0, side=500)
+        part, name = ("train", "ab"[i % 2]) if i % 8 else ("val", "a")
+        for file in (root / part / name / f"{i}.jpg", root / "images" / part / f"{i}.jpg"):
+            Image.fromarray(pixels[:375].numpy()).save(file, quality=90)
+        Image.fromarray(mask[:375]).save(root / "masks" / part / f"{i}.png")
+
+
+def measure_loaders(args, world):
+    """A row for each loader of JPEG files, with one worker: ImageNet's beside its peer, torchvision's ImageFolder with
+    the same transforms, and COCO-stuff's; with the workers that would feed one H200 at GRPO-RM's floor."""
+    runs, counts = {}, {}
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        write_images(root, 16 if args.quick else 256)
+        for dataset, stage, source in (("imagenet", train_cls, class_folders), ("coco_stuff", train_seg, mask_folders)):
+            options = stage.parse_args(["--dataset", dataset, "--workers", "1", "--batch-size", "64"])
+            resolve_dataset(options, "classification", "segmentation")
+            loader = Loader(source(root)[0], options, world, augment=True)
+            loader.resident = None  # streamed, as the whole set is
+            counts[dataset] = len(loader.split)
+            batches = torch.arange(len(loader.split)).split(64)
+            runs[dataset] = lambda loader=loader, batches=batches: exhaust(loader.decoded(batches, key=(0, 0)))
+        crop = v2.RandomResizedCrop(224, interpolation=InterpolationMode.BICUBIC)
+        images = ImageFolder(root / "train", v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()]))
+        peer = DataLoader(images, 64, shuffle=True, num_workers=1, persistent_workers=True)
+        runs["imagenet, torchvision"] = lambda: exhaust(peer)
+        counts["imagenet, torchvision"] = len(images)
+        seconds = medians(runs, args.repeats)
+    rows = []
+    for name in runs:
+        _, train_images, _, floor = SETTINGS[name.partition(",")[0]]
+        rate = counts[name] / seconds[name]
+        rows.append({"loader": name, "images/s": rate, "workers": train_images / (floor * 4 / 3) / rate})
+    return rows
+
+
+def exhaust(batches):
+    for _ in batches:
+        pass
 
 
 @cli.stage
@@ -161,15 +184,16 @@ def main(argv=None):
     print_table("Machine", [machine])
     losses = [measure_loss(shape, args, world.device) for shape in ([(64, 21)] if args.quick else LOSS_SHAPES)]
     print_table("Loss, forward and backward", losses)
-    loader = measure_loader(args, world)
-    print_table("Loader", [loader])
+    loaders = measure_loaders(args, world)
+    print_table("Loader, a worker", loaders)
+    rates = {row["loader"]: row["images/s"] for row in loaders}
     steps = []
     for dataset in SETTINGS:  # where the memory of a GPU does not suffice, the tables before it are printed
-        rows = measure_steps(dataset, args, world.device)
+        rows = measure_steps(dataset, args, world.device, rates.get(dataset))
         print_table(f"Training step, {dataset}", rows)
         steps += rows
     if args.output:
-        write_json(Path(args.output), {"machine": machine, "loss": losses, "loader": loader, "steps": steps})
+        write_json(Path(args.output), {"machine": machine, "loss": losses, "loaders": loaders, "steps": steps})
 
 
 if __name__ == "__main__":

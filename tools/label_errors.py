@@ -68,7 +68,7 @@ def draw_sheet(pictures, rows, path):
         axis.axis("off")
     shown = zip(axes.flat[: len(pictures)], pictures, rows, strict=True)
     for axis, picture, (_, label, p, prediction, q) in shown:
-        axis.imshow(picture)
+        axis.imshow(picture.numpy())
         axis.set_title(f"{label} {p}\n-> {prediction} {q}", fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)

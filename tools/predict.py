@@ -59,12 +59,13 @@ def classify(policy, transform, classes, files, device, output):
 def segment(policy, transform, files, device, output):
     """Write the class indices of every image as a palette PNG, and the image blended with their colours."""
     for file in files:
-        image = read_image(file)
-        logits = policy(transform(image)[None].to(device))  # (1, G, M, M)
-        labels = label_map(logits[0].float(), (image.height, image.width))
+        pixels = read_image(file)
+        logits = policy(transform(pixels)[None].to(device))  # (1, G, M, M)
+        labels = label_map(logits[0].float(), tuple(pixels.shape[:2]))
         picture = palette_image(labels.byte().cpu().numpy())
         picture.save(output / f"{file.stem}.png")
-        Image.blend(image, picture.convert("RGB"), 0.5).save(output / f"{file.stem}_overlay.jpg")
+        overlay = Image.blend(Image.fromarray(pixels.numpy()), picture.convert("RGB"), 0.5)
+        overlay.save(output / f"{file.stem}_overlay.jpg")
     print(f"class indices and overlays of {len(files)} images -> {output}")
 
 
