@@ -1,5 +1,6 @@
 """bench.py on a tiny budget: what it writes, never how fast anything is."""
 
+import functools
 import json
 from types import SimpleNamespace
 
@@ -12,9 +13,13 @@ from tools import bench
 
 
 @torch._dynamo.config.patch(suppress_errors=False)  # bench.py sets it
-def test_bench_writes_what_it_measured(tmp_path, capsys):
+def test_bench_writes_what_it_measured(tmp_path, capsys, monkeypatch):
     output = tmp_path / "sub" / "bench.json"
-    bench.main(["--device", "cpu", "--quick", "--repeats", "1", "--threads", "1", "--output", str(output)])
+    monkeypatch.setattr(bench, "LOSS_SHAPES", [(64, 21)])
+    monkeypatch.setattr(bench, "JPEG_FILES", 16)
+    monkeypatch.setattr(bench, "SETTINGS", dict.fromkeys(bench.SETTINGS, (5, 9, 2, 1.0)))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    bench.main(["--device", "cpu", "--repeats", "1", "--threads", "1", "--output", str(output)])
     result = json.loads(output.read_text())
     assert {"torch_version", "device_name", "threads", "backbone", "amp"} <= result["machine"].keys()
     (loss,) = result["loss"]
@@ -27,7 +32,7 @@ def test_bench_writes_what_it_measured(tmp_path, capsys):
     workers = cores_per_rank()
     fed = workers * rates["coco_stuff"] * last["step ms"] / 1e3 / 2
     assert last["paper: s"] == "1669.80" and last[f"fed by {workers} workers"] == pytest.approx(fed)
-    assert "| voc2012, grpo_rm, 2 x 28^2 | " in capsys.readouterr().out
+    assert "| voc2012, grpo_rm, 2 x 448^2 | " in capsys.readouterr().out
 
 
 def test_medians_are_taken_over_turns(monkeypatch):
@@ -38,4 +43,4 @@ def test_medians_are_taken_over_turns(monkeypatch):
 
 def test_unwritable_output_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert "--output" in stderr_of(capsys, bench.main, "--quick", "--output", tmp_path / "file" / "bench.json")
+    assert "--output" in stderr_of(capsys, bench.main, "--output", tmp_path / "file" / "bench.json")

@@ -28,11 +28,12 @@ from common.checkpoint import environment, make_directory, write_json
 from common.demo import draw_scene
 from common.distributed import Meter, start_processes
 from common.loader import Loader
-from data import PROTOCOLS, class_folders, mask_folders, resolve_dataset
+from data import COCO_CLASSES, COCO_TABLE, PROTOCOLS, file_split, mask_split, resolve_dataset
 from grpo_rm import ClassificationHead, Policy, SegmentationHead, grpo_rm_loss, make_loss, make_optimizer, training_step
 from tools.report import METHODS, PAPER, print_table
 
 LOSS_SHAPES = [(131072, 21), (65536, 171), (1024, 1000)]  # (N, G): pixels of VOC and of COCO-stuff, a batch of ImageNet
+JPEG_FILES = 256
 # Of Table 5: classes, training images, batch size on a CPU, and fine-tuning's floor: seconds of an epoch's arithmetic
 # on one H200 at 40 % of its bf16 rate (GRPO-RM: 4/3 of it).
 SETTINGS = {
@@ -64,7 +65,7 @@ def measure_loss(shape, args, device):
         loss, _ = function(logits, old, targets, ratio_floor=1.0)
         return torch.autograd.grad(loss, logits)
 
-    compiled = torch.compile(grpo_rm_loss, dynamic=False, backend="eager" if args.quick else "inductor")
+    compiled = torch.compile(grpo_rm_loss, dynamic=False)
     runs = {"eager": lambda: run(grpo_rm_loss), "compiled": lambda: run(compiled)}
     return {"(N, G)": shape} | {f"{name} ms": 1e3 * x for name, x in medians(runs, args.repeats).items()}
 
@@ -80,8 +81,6 @@ def measure_steps(dataset, args, device, images_per_s):
     hidden_dim = resolve_dataset(options, "classification", "segmentation").hidden_dim
     options.compile = args.compile
     B, side = options.batch_size if device.type == "cuda" else cpu_batch, options.image_size
-    if args.quick:
-        B, side, outputs = 2, 28, 5
     images = torch.randn(B, 3, side, side, device=device)
     targets = torch.randint(outputs, (B, *map_shape), device=device)
     backbone = load_backbone(args.backbone, hub_repo=args.hub_repo, weights=args.weights)
@@ -115,50 +114,40 @@ def measure_steps(dataset, args, device, images_per_s):
     return rows
 
 
-def write_images(root, count):
-    """Drawn scenes as JPEG files of 500 x 375 pixels below `root`, in folders of classes and with masks."""
-    for folder in ("train/a", "train/b", "val/a", "images/train", "images/val", "masks/train", "masks/val"):
-        (root / folder).mkdir(parents=True)
-    for i in range(count):
-        pixels, mask = draw_scene(i, seed=0, side=500)
-        part, name = ("train", "ab"[i % 2]) if i % 8 else ("val", "a")
-        for file in (root / part / name / f"{i}.jpg", root / "images" / part / f"{i}.jpg"):
-            Image.fromarray(pixels[:375].numpy()).save(file, quality=90)
-        Image.fromarray(mask[:375]).save(root / "masks" / part / f"{i}.png")
-
-
 def measure_loaders(args, world):
-    """A row for each loader of JPEG files, with one worker: ImageNet's beside its peer, torchvision's ImageFolder with
-    the same transforms, and COCO-stuff's; with the workers that would feed one H200 at GRPO-RM's floor."""
-    runs, counts = {}, {}
+    """A row for each loader of JPEG files of 500 x 375 pixels, drawn scenes, with one worker: ImageNet's beside its
+    peer, torchvision's ImageFolder with the same transforms, and COCO-stuff's; with the workers that would feed one
+    H200 at GRPO-RM's floor."""
+    runs = {}
     with tempfile.TemporaryDirectory() as directory:
-        root = Path(directory)
-        write_images(root, 16 if args.quick else 256)
-        for dataset, stage, source in (("imagenet", train_cls, class_folders), ("coco_stuff", train_seg, mask_folders)):
-            options = stage.parse_args(["--dataset", dataset, "--workers", "1", "--batch-size", "64"])
-            resolve_dataset(options, "classification", "segmentation")
-            loader = Loader(source(root)[0], options, world, augment=True)
-            loader.resident = None  # streamed, as the whole set is
-            counts[dataset] = len(loader.split)
-            batches = torch.arange(len(loader.split)).split(64)
-            runs[dataset] = lambda loader=loader, batches=batches: exhaust(loader.decoded(batches, key=(0, 0)))
+        for i in range(JPEG_FILES):
+            pixels, mask = draw_scene(i, seed=0, side=500)
+            file = Path(directory, "ab"[i % 2], f"{i}.jpg")
+            file.parent.mkdir(exist_ok=True)
+            Image.fromarray(pixels[:375].numpy()).save(file, quality=90)
+            Image.fromarray(mask[:375]).save(file.with_suffix(".mask"), "PNG")
         crop = v2.RandomResizedCrop(224, interpolation=InterpolationMode.BICUBIC)
-        images = ImageFolder(root / "train", v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()]))
-        peer = DataLoader(images, 64, shuffle=True, num_workers=1, persistent_workers=True)
-        runs["imagenet, torchvision"] = lambda: exhaust(peer)
-        counts["imagenet, torchvision"] = len(images)
+        peer = ImageFolder(directory, v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()]))
+        batches = DataLoader(peer, 64, shuffle=True, num_workers=1, persistent_workers=True)
+        runs["imagenet, torchvision"] = functools.partial(list, batches)
+        pairs = [(file, Path(file).with_suffix(".mask")) for file, _ in peer.samples]
+        splits = {
+            "imagenet": (train_cls, file_split(peer.classes, peer.samples)),
+            "coco_stuff": (train_seg, mask_split(COCO_CLASSES, pairs, COCO_TABLE)),
+        }
+        for dataset, (stage, split) in splits.items():
+            options = stage.parse_args(["--dataset", dataset, "--workers", "1"])
+            resolve_dataset(options, "classification", "segmentation")
+            loader = Loader(split, options, world, augment=True)
+            loader.resident = None  # streamed, as the whole set is
+            runs[dataset] = lambda loader=loader: list(loader.decoded(torch.arange(JPEG_FILES).split(64), key=(0, 0)))
         seconds = medians(runs, args.repeats)
     rows = []
     for name in runs:
         _, train_images, _, floor = SETTINGS[name.partition(",")[0]]
-        rate = counts[name] / seconds[name]
+        rate = JPEG_FILES / seconds[name]
         rows.append({"loader": name, "images/s": rate, "workers": train_images / (floor * 4 / 3) / rate})
     return rows
-
-
-def exhaust(batches):
-    for _ in batches:
-        pass
 
 
 @cli.stage
@@ -169,7 +158,6 @@ def main(argv=None):
     add("--repeats", type=cli.whole(1), default=7, help="turns that the medians are taken over")
     add("--threads", type=cli.whole(1), help="CPU threads of torch; default: its own choice")
     add("--compile", action="store_true", help="compile the steps; the loss is measured both ways in any case")
-    add("--quick", action="store_true", help="a try-out in seconds: tiny sizes; its numbers mean nothing")
     add("--output", metavar="FILE.json", help="all measurements")
     args = parser.parse_args(argv)
     make_directory(Path(args.output or ".").parent, "--output")
@@ -182,7 +170,7 @@ def main(argv=None):
     torch._dynamo.config.suppress_errors = True  # without a compiler: eager, with a warning
     machine = environment(world) | {"threads": torch.get_num_threads(), "backbone": args.backbone, "amp": args.amp}
     print_table("Machine", [machine])
-    losses = [measure_loss(shape, args, world.device) for shape in ([(64, 21)] if args.quick else LOSS_SHAPES)]
+    losses = [measure_loss(shape, args, world.device) for shape in LOSS_SHAPES]
     print_table("Loss, forward and backward", losses)
     loaders = measure_loaders(args, world)
     print_table("Loader, a worker", loaders)
