@@ -1,6 +1,6 @@
 """Batches of a split, on a process's device.
 
-    decode    file -> RGB uint8 square        once, into the device's memory, up to 4 GiB a split; else by workers
+    decode    file -> RGB uint8 square        once, into the device's memory, where it fits; else by workers
     augment   crop after zero padding, flip   whole batches, on the device (segmentation: flip)
     resize    bicubic to the network's side, ImageNet's mean and std          whole batches, on the device
 
