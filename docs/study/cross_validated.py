@@ -1,6 +1,6 @@
-"""The usual way to find wrong labels, for comparison with tools.label_errors: p(label) by 5-fold cross-validated logistic
-regression on features of the backbone before post-training (cleanlab's recipe). Needs scikit-learn. From the
-repository's root, with the directory of a run that had --label-noise:
+"""The usual way to find wrong labels, for comparison with tools.label_errors: p(label) by 5-fold cross-validated
+logistic regression on normalised features of the backbone before post-training (cleanlab's recipe). Needs
+scikit-learn. From the repository's root, with the directory of a run that had --label-noise:
 
     PYTHONPATH=. python docs/study/cross_validated.py RUN
 """
