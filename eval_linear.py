@@ -46,8 +46,8 @@ from common.features import (
     segmentation_scores,
     write_result,
 )
+from common.images import palette_image
 from common.loader import LINEAR, Loader, random_generator
-from common.palette import palette_image
 from data import PROTOCOLS, load_data, resolve_dataset
 from grpo_rm import Encoder, learning_rate
 

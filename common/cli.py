@@ -142,12 +142,7 @@ def add_training_arguments(parser, *, lr, batch_size):
         help="steps between refreshes of the old policy; default: the paper's epoch; few are dangerous")  # fmt: skip
 
     add = parser.add_argument_group("optimisation").add_argument
-    add(
-        "--epochs",
-        type=whole(1),
-        default=100,
-        help="the paper's is 100; 30 at least for 1,000 classes",
-    )
+    add("--epochs", type=whole(1), default=100, help="the paper's is 100; 30 at least for 1,000 classes")
     add("--batch-size", type=whole(1), default=batch_size, help=f"global batch m; the paper's is {batch_size}")
     add("--grad-accum", type=whole(1), default=1, help="split each process's batch to save memory; same result")
     add("--lr", type=number(0, above=True), help=f"first learning rate; default: the paper's {lr:g} * m/256")

@@ -2,11 +2,9 @@
 
 import functools
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import stderr_of
 
 from common.cli import cores_per_rank
 from tools import bench
@@ -33,14 +31,3 @@ def test_bench_writes_what_it_measured(tmp_path, capsys, monkeypatch):
     fed = workers * rates["coco_stuff"] * last["step ms"] / 1e3 / 2
     assert last["paper: s"] == "1669.80" and last[f"fed by {workers} workers"] == pytest.approx(fed)
     assert "| voc2012, grpo_rm, 2 x 448^2 | " in capsys.readouterr().out
-
-
-def test_medians_are_taken_over_turns(monkeypatch):
-    taken = iter([3.0, 10.0, 1.0, 30.0, 2.0, 20.0])
-    monkeypatch.setattr(bench.Timer, "timeit", lambda timer, number: SimpleNamespace(median=next(taken)))
-    assert bench.medians({"a": list, "b": list}, 3) == {"a": 2.0, "b": 20.0}
-
-
-def test_unwritable_output_is_one_line(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert "--output" in stderr_of(capsys, bench.main, "--output", tmp_path / "file" / "bench.json")

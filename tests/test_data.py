@@ -248,10 +248,8 @@ def test_a_run_says_what_it_found(image_folder, mask_folder, capsys):
     hide(mask_folder)
     assert said(image_folder) == ("folder: 3 classes, 18 training and 6 validation images\n", "")
     found = said(image_folder, limit_val=2, train_fraction=0.5, label_noise=0.4).out
-    assert (
-        found
-        == "folder: 3 classes, 9 training and 2 validation images, each training label replaced with probability 0.4\n"
-    )
+    replaced = "each training label replaced with probability 0.4"
+    assert found == f"folder: 3 classes, 9 training and 2 validation images, {replaced}\n"
     assert said(mask_folder) == ("scenes: 3 classes, 6 training and 4 validation images\n", "")
     for name in ("train/class0/a.heic", "val/class1/b.HEIC", "train/list.txt", "train/class2/more/1.jpg", "val/0.jpg"):
         write(image_folder / name, b"")
@@ -342,16 +340,6 @@ def test_imagenets_official_archives_are_unpacked_by_torchvision(image_folder, t
     monkeypatch.setattr(data.datasets, "ImageNet", unpack)
     assert [len(split) for split in splits("imagenet", tmp_path)] == [18, 6]
     assert [len(split) for split in splits("imagenet", tmp_path)] == [18, 6] and parts == ["train", "val"]
-
-
-def test_archives_are_checked_and_unpacked(tiny_imagenet, tmp_path, monkeypatch):
-    archive = shutil.make_archive(tmp_path / "published", "zip", tiny_imagenet, "tiny-imagenet-200")
-    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, max_hops: url)
-    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", lambda url, file: shutil.copyfile(archive, file))
-    with pytest.raises(InputError, match=r"not found or corrupted[^\n]*\); try again, or unpack [^\n]+$"):
-        splits("tiny_imagenet", tmp_path / "new", download=True)
-    monkeypatch.setattr("torchvision.datasets.utils.check_integrity", lambda file, md5: Path(file).is_file())
-    assert [len(split) for split in splits("tiny_imagenet", tmp_path / "new", download=True)] == [12, 6]
 
 
 def load_on_two_ranks(world, directory):

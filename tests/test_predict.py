@@ -13,9 +13,8 @@ from soak_resume import read_log
 
 import train_cls
 import train_seg
-from common.images import read_image
+from common.images import palette, read_image
 from common.loader import Loader
-from common.palette import palette
 from data import load_data
 from grpo_rm import load_policy
 from tools import predict

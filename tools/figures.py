@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from common.palette import palette
+from common.images import palette
 
 COLOURS = {"finetune": "#d55e00", "grpo_rm": "#0072b2"}  # colour-blind readers tell these apart, too
 STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ("-", "x"), ("--", "v"), (":", "P"), ("-.", "*")]

@@ -25,16 +25,6 @@ from data import load_data
 from grpo_rm import load_policy
 
 
-def parse_args(argv):
-    parser = cli.ArgumentParser(__doc__)
-    parser.usage = "%(prog)s RUN_DIR [flags]"
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="what train_cls.py wrote")
-    parser.add_argument("--top", type=cli.whole(1), default=50, help="pictures on the sheet")
-    parser.add_argument("--output", metavar="DIR", type=Path, help="default: RUN_DIR/label_errors")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
-    return parser.parse_args(argv)
-
-
 @torch.inference_mode()
 def believe(policy, loader):
     """The policy's probabilities (n, G) of all samples, in their order, and their labels (n,), on the CPU."""
@@ -76,7 +66,13 @@ def draw_sheet(pictures, rows, path):
 
 @cli.stage
 def main(argv=None):
-    args = parse_args(argv)
+    parser = cli.ArgumentParser(__doc__)
+    parser.usage = "%(prog)s RUN_DIR [flags]"
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="what train_cls.py wrote")
+    parser.add_argument("--top", type=cli.whole(1), default=50, help="pictures on the sheet")
+    parser.add_argument("--output", metavar="DIR", type=Path, help="default: RUN_DIR/label_errors")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
+    args = parser.parse_args(argv)
     plt.switch_backend("Agg")
     policy, _, classes = load_policy(args.run_dir)
     run = argparse.Namespace(**read_config(args.run_dir))

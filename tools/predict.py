@@ -19,8 +19,7 @@ from PIL import Image
 
 from common import cli, distributed
 from common.checkpoint import make_directory
-from common.images import image_files, read_image
-from common.palette import palette_image
+from common.images import image_files, palette_image, read_image
 from grpo_rm import SegmentationHead, load_policy
 
 
