@@ -1,6 +1,6 @@
 """The figures of report.py: curves over the epochs and segmentations side by side (the paper's Figures 3 and 2).
 
-A group is a list of runs (report.Run) that differ in the seed alone. A colour belongs to a method, whatever else is
+A group is a list of runs (report.Results) that differ in the seed alone. A colour belongs to a method, whatever else is
 drawn; several groups of one method differ by dashes and markers.
 """
 

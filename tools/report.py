@@ -49,7 +49,7 @@ FOLLOWS |= {"crop_size": "image_size", "resize_size": "image_size"}
 SHOWN = "label_noise backbone image_size epochs batch_size lr warmup_epochs ratio_floor limit_train".split()
 
 
-class Run:
+class Results:
     """What a run left in its directory. Raises InputError where that is of different runs."""
 
     def __init__(self, directory):
@@ -133,7 +133,7 @@ def load_groups(root):
     if not directories:
         raise InputError(f"{root}: no run there (config.json, eval_linear.json, eval_knn.json); run_all.sh makes some")
     groups = []
-    for runs in split(map(Run, sorted(directories)), lambda run: (run.data, run.row)):
+    for runs in split(map(Results, sorted(directories)), lambda run: (run.data, run.row)):
         alike = []
         for run in runs:
             fitting = [group for group in alike if all(run.seed != r.seed and agree(run, r) for r in group)]
@@ -181,7 +181,7 @@ def average(values, seeds):
 
 
 def comparison(groups, columns, **more):
-    """Rows {header: cell} of our numbers beside the paper's. columns: {header: column of Run.numbers}; more: cells."""
+    """Rows {header: cell} of our numbers beside the paper's. columns: {header: column of Results.numbers}; more: cells."""
     rows = []
     for group in groups:
         found = {header: numbers(group, column) for header, column in columns.items()}

@@ -3,7 +3,8 @@
 #
 #   bash DIR/docs/study/cuts.sh
 #
-# tiny_a/ and tiny_b/: 100 classes each, 100 + 20 images of each class; cifar10/: 1,000 + 200 images of each class. The
+# tiny_a/ and tiny_b/: 100 classes each, 100 + 20 images of each class; tiny_ab/: both; cifar10/: 1,000 + 200 images of
+# each class; asymmetric0/ to 2/: 200 of them, 40 % of five classes in the folder of a class that looks like theirs. The
 # images are drawn at random.
 set -euo pipefail
 
@@ -16,6 +17,9 @@ while read -r wnid; do # every other class into tiny_a and tiny_b
         tiny-imagenet-200/val/val_annotations.txt | shuf -n 20 | xargs -d '\n' ln -st tiny_$half/val/"$wnid"
     if [[ $half == a ]]; then half=b; else half=a; fi
 done <tiny-imagenet-200/wnids.txt
+mkdir -p tiny_ab/{train,val}
+ln -st tiny_ab/train "$PWD"/tiny_[ab]/train/*
+ln -st tiny_ab/val "$PWD"/tiny_[ab]/val/*
 
 python - <<'END'
 import pathlib, random, torchvision
@@ -27,4 +31,15 @@ for part, count in (("train", 1000), ("val", 200)):
         folder.mkdir(parents=True)
         for i in random.sample([i for i, k in enumerate(images.targets) if k == label], count):
             images[i][0].save(folder / f"{i:05d}.jpg", quality=95)
+
+wrong = {"truck": "automobile", "bird": "airplane", "cat": "dog", "dog": "cat", "deer": "horse"}
+for seed in range(3):
+    chance = random.Random(seed)
+    for part, step in (("train", 5), ("val", 1)):
+        for file in sorted(pathlib.Path("cifar10", part).absolute().glob("*/*.jpg"))[::step]:
+            name = file.parent.name
+            label = wrong.get(name, name) if part == "train" and chance.random() < 0.4 else name
+            link = pathlib.Path(f"asymmetric{seed}", part, label, f"{name}_{file.name}")
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file)
 END

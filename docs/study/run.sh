@@ -18,8 +18,11 @@ job() { # job NAME DATASET FLAGS... --seed N: post-train and evaluate
             train="--epochs 40 --warmup-epochs 0 --grad-accum 4 --amp bf16" ;;
         ti16/*)
             data+=" --limit-train 4000 --image-size 64 $vit_tiny16" train="--epochs 60 --batch-size 512 --amp bf16" ;;
-        noise/*)
-            data+=" --limit-train 2000 --image-size 64 --amp bf16 $vit_tiny16" train="--batch-size 256 --eval-every 3" ;;
+        noise/* | noise4000/* | noise200/* | asymmetric/*)
+            [[ $name == noise/* ]] && data+=" --limit-train 2000"
+            [[ $name == noise[24]* ]] && data+=" --limit-train 4000"
+            [[ $name == asymmetric/* ]] && data=${data/asymmetric/asymmetric${!#}}
+            data+=" --image-size 64 --amp bf16 $vit_tiny16" train="--batch-size 256 --eval-every 3" ;;
         camvid/*)
             task=seg data+=" --image-size 224 --amp bf16 $vit_tiny16"
             train="--map-size 112 --epochs 20 --batch-size 16" ;;
@@ -32,13 +35,14 @@ job() { # job NAME DATASET FLAGS... --seed N: post-train and evaluate
         python train_$task.py $data $weights $train --output-dir "$run" --resume "${@:3}" || return
         weights="--weights $run/backbone.pth"
     fi
+    data=${data/asymmetric${!#}/cifar10 --limit-train 2000} # frozen features take true labels
     if [[ $task == cls ]]; then
         python eval_linear.py $data $weights --output "$run/eval_linear.json" || return
         python eval_knn.py $data $weights --output "$run/eval_knn.json" || return
     else
         python eval_linear.py $data $weights $segmenter --output "$run/eval_linear.json" || return
     fi
-    if [[ $name == noise/* && $name != noise/0/* ]]; then
+    if [[ $name == noise*/0.* ]]; then
         python -m tools.label_errors "$run" || return
     fi
     if [[ $name == camvid_random/* ]]; then
