@@ -124,9 +124,11 @@ class PatchTokens:
 
     def batches(self, batches):
         """(features (B, layers * D, h, w) float32, masks (B, M, M) int64) of every list of images, on all ranks."""
-        world = self.loader.world
-        missing = [torch.nonzero(batch >= self.kept)[:, 0].split(CHUNK) for batch in batches]  # places in the batch
-        own = [places[world.rank :: world.size] for places in missing]
+        world, own = self.loader.world, []  # the places in each batch, a chunk at a time, that this rank computes
+        for batch in batches:
+            missing = torch.nonzero(batch >= self.kept)[:, 0]
+            chunks = missing.split(CHUNK) if len(missing) else ()
+            own.append(chunks[world.rank :: world.size])
         loaded = self.loader.fetch([batch[x] for batch, places in zip(batches, own, strict=True) for x in places])
         for batch, places in zip(batches, own, strict=True):
             features = torch.zeros(len(batch), *self.shape, dtype=self.dtype, device=world.device)

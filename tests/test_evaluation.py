@@ -220,12 +220,14 @@ def tokens_of(layers=1, world=CPU, count=37):
 
 
 def test_kept_and_recomputed_tokens_give_the_same_layer(monkeypatch):
-    """All tokens kept, those of the first chunk alone, none."""
+    """All tokens kept, those of the first chunk alone, none; and of images that workers decode."""
     args, layers = recipe(epochs=2, batch_size=20, lr=1e-2, lr_end=1e-3), []
     chunk_bytes = 16 * (96 * 2 * 2 * 4 + 2 * 12 * 12)
-    for room, kept in ((2**30, 37), (2 * chunk_bytes - 1, 16), (0, 0)):
+    for room, kept, streamed in ((2**30, 37, 0), (2 * chunk_bytes - 1, 16, 0), (0, 0, 0), (2**30, 37, 1), (0, 0, 1)):
         monkeypatch.setattr("common.features.memory_share", lambda device, share, room=room: room)
+        monkeypatch.setattr("common.loader.memory_share", lambda device, share, room=2**30 * (1 - streamed): room)
         source = tokens_of()
+        assert (source.loader.resident is None) == streamed
         assert source.kept == kept
         layers.append(eval_linear.fit_segmenter(source, 11, args).state_dict())
     for other in layers[1:]:

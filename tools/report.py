@@ -181,7 +181,7 @@ def average(values, seeds):
 
 
 def comparison(groups, columns, **more):
-    """Rows {header: cell} of our numbers beside the paper's. columns: {header: column of Results.numbers}; more: cells."""
+    """Rows {header: cell} of our numbers beside the paper's. columns: {header: key of Results.numbers}; more: cells."""
     rows = []
     for group in groups:
         found = {header: numbers(group, column) for header, column in columns.items()}
