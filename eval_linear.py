@@ -166,34 +166,33 @@ def predict(logits, size):
 
 @torch.no_grad()
 def confusion_of(source, segmenter, split, args, world, directory):
-    """The confusion matrix (C, C) int64 of a split at the size of its masks, whose chunks are dealt to the ranks; saves
-    args.save_images images at even distances in `directory`."""
+    """The confusion matrix (C, C) int64 of a split at the size of its masks as they are read, whose chunks are dealt to
+    the ranks; saves args.save_images images at even distances in `directory`."""
     num_classes, patch = len(split.classes), source.backbone.patch_size
     to_save = torch.linspace(0, len(split) - 1, args.save_images).round().int().tolist()
     scales = SCALES if args.features == "multiscale" else [1.0]
     sides = [max(1, round(args.image_size * scale / patch)) * patch for scale in scales]
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=world.device)
-    chunks = Loader(split, args, world, sides=sides, native=True).in_order(CHUNK)
-    for indices, *scaled, masks in progress(chunks, "scores", world):
+    chunks = Loader(split, args, world, sides=sides).in_order(CHUNK)
+    for indices, *scaled, _ in progress(chunks, "scores", world):
         logits = [segmenter(source.of(images).float()) for images in scaled]
         if args.features == "multiscale":  # the mirror images too, mirrored back
             logits += [segmenter(source.of(images.flip(-1)).float()).flip(-1) for images in scaled]
         for i, index in enumerate(indices.tolist()):
-            truth = torch.from_numpy(masks[i]).to(world.device)  # (H, W)
+            pixels, truth = split.read(index)  # (H, W, 3), (H, W)
             prediction = predict([x[i] for x in logits], truth.shape)
-            confusion += confusion_matrix(prediction, truth, num_classes)
+            confusion += confusion_matrix(prediction, torch.from_numpy(truth).to(world.device), num_classes)
             if index in to_save:
-                save_images(directory, index, split, prediction.byte().cpu().numpy())
+                save_images(directory, index, pixels, truth, prediction.byte().cpu().numpy())
     distributed.all_reduce(confusion)
     return confusion
 
 
-def save_images(directory, index, split, prediction):
+def save_images(directory, index, pixels, truth, prediction):
     """Write the image, and ground truth and prediction as palette PNGs of class indices."""
-    pixels, mask = split.read(index)
     directory.mkdir(exist_ok=True)
     Image.fromarray(pixels.numpy()).save(directory / f"{index:06d}_image.png")
-    palette_image(mask).save(directory / f"{index:06d}_truth.png")
+    palette_image(truth).save(directory / f"{index:06d}_truth.png")
     palette_image(prediction).save(directory / f"{index:06d}_prediction.png")
 
 

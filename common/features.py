@@ -91,8 +91,8 @@ class PatchTokens:
     precision of `amp`.
 
     Chunks of images belong to the ranks in turn. Tokens of the first ones are computed once and kept, up to half of the
-    devices' memory; the others are computed whenever they are asked for. One rank has or computes a token and the
-    others add zero: no digit depends on the number of ranks.
+    GPUs' memory (4 GiB on a CPU, which is that of all ranks); the others are computed whenever they are asked for. One
+    rank has or computes a token and the others add zero: on a CPU no digit depends on the number of ranks.
     """
 
     def __init__(self, backbone, loader, layers, amp):
@@ -101,8 +101,8 @@ class PatchTokens:
         self.dim = layers * backbone.embed_dim
         side, M, world = loader.args.image_size // backbone.patch_size, loader.args.map_size, loader.world
         self.shape, self.mask_shape = (self.dim, side, side), (M, M)
-        room = memory_share(world.device, 1 / 2)
-        if world.device.type == "cuda":  # a CPU's memory is that of all ranks
+        room = memory_share(world, 1 / 2)
+        if world.device.type == "cuda":
             room *= world.size
         chunk_bytes = CHUNK * (self.dim * side**2 * self.dtype.itemsize + 2 * M**2)
         chunks = torch.arange(len(loader.split)).split(CHUNK)[: int(room // chunk_bytes)]
@@ -111,9 +111,10 @@ class PatchTokens:
         self.features = torch.empty(len(own) * CHUNK, *self.shape, dtype=self.dtype, device=world.device)
         self.masks = torch.empty(len(own) * CHUNK, M, M, dtype=torch.int16, device=world.device)
         loaded = progress(loader.fetch(own), "features", world, len(own))
-        for start, (images, masks) in enumerate(loaded):
-            rows = slice(start * CHUNK, start * CHUNK + len(images))
-            self.features[rows], self.masks[rows] = self.of(images), masks
+        for number, (images, masks) in enumerate(loaded):
+            rows = slice(number * CHUNK, number * CHUNK + len(images))
+            self.features[rows] = self.of(images)
+            self.masks[rows] = masks
 
     @torch.no_grad()
     def of(self, images):
@@ -124,22 +125,25 @@ class PatchTokens:
 
     def batches(self, batches):
         """(features (B, layers * D, h, w) float32, masks (B, M, M) int64) of every list of images, on all ranks."""
-        world, own = self.loader.world, []  # the places in each batch, a chunk at a time, that this rank computes
+        world, to_compute = self.loader.world, []  # by this rank: places in each batch, a chunk at a time
         for batch in batches:
             missing = torch.nonzero(batch >= self.kept)[:, 0]
             chunks = missing.split(CHUNK) if len(missing) else ()
-            own.append(chunks[world.rank :: world.size])
-        loaded = self.loader.fetch([batch[x] for batch, places in zip(batches, own, strict=True) for x in places])
-        for batch, places in zip(batches, own, strict=True):
+            to_compute.append(chunks[world.rank :: world.size])
+        computed = [batch[places] for batch, chunks in zip(batches, to_compute, strict=True) for places in chunks]
+        loaded = self.loader.fetch(computed)
+        for batch, chunks in zip(batches, to_compute, strict=True):
             features = torch.zeros(len(batch), *self.shape, dtype=self.dtype, device=world.device)
             masks = torch.zeros(len(batch), *self.mask_shape, dtype=torch.int64, device=world.device)
-            chunk = batch // CHUNK
-            here = torch.nonzero((batch < self.kept) & (chunk % world.size == world.rank))[:, 0]
-            rows = chunk[here] // world.size * CHUNK + batch[here] % CHUNK
-            features[here], masks[here] = self.features[rows], self.masks[rows].long()
-            for x in places:
-                images, masks[x] = next(loaded)
-                features[x] = self.of(images)
+            owner = (batch // CHUNK) % world.size
+            here = torch.nonzero((batch < self.kept) & (owner == world.rank))[:, 0]
+            images_here = batch[here]
+            rows = images_here // CHUNK // world.size * CHUNK + images_here % CHUNK  # in this rank's store
+            features[here] = self.features[rows]
+            masks[here] = self.masks[rows].long()
+            for places in chunks:
+                images, masks[places] = next(loaded)
+                features[places] = self.of(images)
             all_reduce(features, masks)
             yield features.float(), masks
 

@@ -1,6 +1,6 @@
 """Batches of a split, on a process's device.
 
-    decode    file -> RGB uint8 square        once, into the device's memory, where it fits; else by workers
+    decode    file -> RGB uint8 square        once, into the device's memory, up to 1/8 of it; else by workers
     augment   crop after zero padding, flip   whole batches, on the device (segmentation: flip)
     resize    bicubic to the network's side, ImageNet's mean and std          whole batches, on the device
 
@@ -10,15 +10,14 @@ the number of processes, workers and accumulation steps changes neither.
 Shapes: B images, H W pixels, S side of a decoded image, M side of a map of labels.
 """
 
-import functools
 import math
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from common.cli import InputError
@@ -36,26 +35,28 @@ def random_generator(purpose, *key):
     return torch.Generator().manual_seed(int(np.random.SeedSequence((purpose, *key)).generate_state(1)[0]))
 
 
-def memory_share(device, share):
-    """`share` of the device's memory, in bytes; for a CPU 4 GiB, whatever it has."""
-    if device.type == "cuda":
-        return share * torch.cuda.get_device_properties(device).total_memory
-    return 4 * 2**30
+def memory_share(world, share):
+    """`share` of a GPU's memory, in bytes, of the smallest of all processes'; for a CPU 4 GiB, whatever it has."""
+    if world.device.type == "cpu":
+        return 4 * 2**30
+    total = torch.tensor(torch.cuda.get_device_properties(world.device).total_memory, device=world.device)
+    if dist.is_initialized():
+        dist.all_reduce(total, dist.ReduceOp.MIN)
+    return share * total.item()
 
 
 class Decoder:
-    """What becomes of a sample before it is in memory: its parts, which are an image (3, S, S) uint8 for each side, and
-    its class or mask; with `native` the mask (H, W) as its file has it, a NumPy array."""
+    """Reads samples and gives their parts: an image (3, S, S) uint8 for each side, and the class or mask (M, M)."""
 
-    def __init__(self, split, args, *, sides, native, resized_crop):
+    def __init__(self, split, args, *, sides, resized_crop):
         self.split, self.args = split, args
-        self.sides, self.native, self.resized_crop = sides, native, resized_crop
+        self.sides, self.resized_crop = sides, resized_crop
 
     def decode(self, i, key=()):
         """The parts of sample i. `key` is for what is drawn at random."""
         pixels, target = self.split.read(i)
         if self.split.masks:
-            mask = target if self.native else resize_mask(torch.from_numpy(target), self.args.map_size)
+            mask = resize_mask(torch.from_numpy(target), self.args.map_size)
             return [*(stretch(pixels, side) for side in self.sides), mask]
         if self.resized_crop:
             image = random_crop(pixels, self.args.crop_size, random_generator(CROP, *key, i).initial_seed())
@@ -64,14 +65,14 @@ class Decoder:
         return [image, torch.tensor(target)]
 
     def __getitem__(self, request):
-        """The parts of the samples `indices`, each stacked (masks as their files have them: a list), of a request
-        (indices, key). An InputError is returned: raised, it would leave a worker as a traceback."""
+        """The parts of the samples `indices` of a request (indices, key), each stacked. An InputError is returned:
+        raised, it would leave a worker as a traceback."""
         indices, key = request
         try:
-            *images, targets = zip(*[self.decode(i, key) for i in indices], strict=True)
+            samples = [self.decode(i, key) for i in indices]
         except InputError as error:
             return error
-        return [*map(torch.stack, images), list(targets) if self.native else torch.stack(targets)]
+        return [torch.stack(part) for part in zip(*samples, strict=True)]
 
 
 class Loader:
@@ -80,39 +81,24 @@ class Loader:
 
     Images are (B, 3, image_size, image_size) float32; for segmentation there may be several, one for each of `sides`.
     Targets are (B,) int64, or masks (B, M, M) int64 with M = args.map_size and -100 for void, as PyTorch's losses
-    have it; with `native` a list of masks (H, W) uint8, NumPy arrays, as their files have them.
+    have it.
 
     A set of up to an eighth of the device's memory is decoded once and stays there. Larger ones, and random resized
-    crops, are decoded for each batch, by args.workers processes that live as long as the loader.
+    crops, are decoded for each batch, by args.workers processes that live as long as the loader: one iteration at a
+    time.
     """
 
-    def __init__(self, split, args, world, *, augment=False, sides=None, native=False):
-        self.split, self.args, self.world = split, args, world
-        self.augment, self.native = augment, native
+    def __init__(self, split, args, world, *, augment=False, sides=None):
+        self.split, self.args, self.world, self.augment = split, args, world, augment
         self.sides = sides or [args.image_size]
         self.resized_crop = augment and args.resized_crop
         self.pad = 0 if self.resized_crop or split.masks else args.crop_size // 8  # 4 for CIFAR, 8 for Tiny-ImageNet
-        options = {"sides": self.sides, "native": native, "resized_crop": self.resized_crop}
-        self.decoder = Decoder(split, args, **options)
+        self.decoder = Decoder(split, args, sides=self.sides, resized_crop=self.resized_crop)
         first = self.decoder.decode(0)
         self.sample_bytes = sum(part.nbytes for part in first)
-        too_large = len(split) * self.sample_bytes > memory_share(world.device, 1 / 8)
-        self.requests = []  # of the workers
-        self.resident = None
-        if not (native or self.resized_crop or too_large):
-            self.resident = self.decode_all(first)
-
-    @functools.cached_property
-    def workers(self):
-        """A DataLoader that gives what self.requests lists, in this order, whenever it is iterated."""
-        options = {"sampler": self.requests, "batch_size": None, "num_workers": self.args.workers}
-        options["collate_fn"] = lambda parts: parts  # are whole
-        if self.args.workers:
-            options |= {"persistent_workers": True, "prefetch_factor": PREFETCH}
-            options["pin_memory"] = self.world.device.type == "cuda"
-            options["multiprocessing_context"] = "fork"  # functions cannot be pickled
-            options["worker_init_fn"] = lambda worker: os.setpgid(0, 0)  # signals to the group are for the run
-        return DataLoader(self.decoder, **options)
+        too_large = len(split) * self.sample_bytes > memory_share(world, 1 / 8)
+        self.resident = None if self.resized_crop or too_large else self.decode_all(first)
+        self.requests, self.workers = [], None
 
     def __len__(self):
         """The number of steps in an epoch."""
@@ -171,42 +157,52 @@ class Loader:
         if self.resident is None:
             found = self.by_workers(batches, key)
         else:
-            own = (batch.to(self.world.device, non_blocking=True) for batch in batches)
-            found = ([part[indices] for part in self.resident] for indices in own)
+            on_device = (batch.to(self.world.device, non_blocking=True) for batch in batches)
+            found = ([part[indices] for part in self.resident] for indices in on_device)
         for *images, targets in found:
-            if self.split.masks and not self.native:
+            if self.split.masks:
                 targets = targets.long().masked_fill_(targets == VOID, -100)
             yield *images, targets
 
     def by_workers(self, batches, key):
         """The parts of each list of samples, put together from the pieces that workers decode."""
+        if self.workers is None:
+            self.workers = self.start_workers(max(map(len, batches), default=0))
         pieces = [batch.split(PIECE) for batch in batches]
         self.requests[:] = [(indices.tolist(), key) for batch in pieces for indices in batch]
-        self.check_shared_memory(max(map(len, batches), default=0))
         decoded = iter(self.workers)
         for batch in pieces:
-            parts = zip(*(self.received(next(decoded)) for _ in batch), strict=True)
-            yield [torch.cat(part) if torch.is_tensor(part[0]) else list(chain(*part)) for part in parts]
+            received = []  # [part, ...] of each piece, on the device
+            for _ in batch:
+                parts = next(decoded)
+                if isinstance(parts, InputError):
+                    raise parts
+                received.append([part.to(self.world.device, non_blocking=True) for part in parts])
+            joined = [torch.cat(part) for part in zip(*received, strict=True)]
+            del parts, received  # on a CPU they are in shared memory
+            yield joined
 
-    def received(self, parts):
-        """What came from a worker, on this process's device."""
-        if isinstance(parts, InputError):
-            raise parts
-        return [x.to(self.world.device, non_blocking=True) if torch.is_tensor(x) else x for x in parts]
-
-    def check_shared_memory(self, batch_size):
-        """Raises InputError where /dev/shm cannot hold the images between workers and training: a worker would die of
-        a bus error."""
+    def start_workers(self, batch_size):
+        """A DataLoader that gives what self.requests lists, in this order, whenever it is iterated. Raises InputError
+        where /dev/shm cannot hold the images between workers and training: a worker would die of a bus error."""
         workers = self.args.workers
-        if not workers or not os.path.isdir("/dev/shm"):
-            return
+        options = {"sampler": self.requests, "batch_size": None, "collate_fn": lambda parts: parts}
+        if not workers:
+            return DataLoader(self.decoder, **options)
         images = batch_size + workers * PREFETCH * min(PIECE, batch_size)
         needed = images * self.sample_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        free = shutil.disk_usage("/dev/shm").free
-        if needed > free:
+        if os.path.isdir("/dev/shm") and needed > (free := shutil.disk_usage("/dev/shm").free):
             raise InputError(f"--workers {workers}: up to {needed / 1e9:.2f} GB of images are in shared memory at a "
-                             f"time, and /dev/shm has {free / 1e9:.2f} GB; take fewer, or give the container more "
+                             f"time, and /dev/shm has {free / 1e9:.2f} GB; take fewer or 0, or give the container more "
                              "(docker run --ipc=host)")  # fmt: skip
+        options |= {"num_workers": workers, "prefetch_factor": PREFETCH, "persistent_workers": True}
+        return DataLoader(
+            self.decoder,
+            **options,
+            pin_memory=self.world.device.type == "cuda",
+            multiprocessing_context="fork",  # functions cannot be pickled
+            worker_init_fn=lambda worker: os.setpgid(0, 0),  # signals to the group are for the run
+        )
 
     def decode_all(self, first):
         """Every part of all samples, stacked, on the device. Each rank decodes its share, adds zero to the others'."""

@@ -207,7 +207,7 @@ def test_bad_folders_are_named_in_one_line(dataset, spoil, message, request, mon
         write_set(root, name)
     spoil(root)
     for resident in (2**30, 0):  # decoded in threads, and in a worker process
-        monkeypatch.setattr("common.loader.memory_share", lambda device, share, room=resident: room)
+        monkeypatch.setattr("common.loader.memory_share", lambda world, share, room=resident: room)
         with pytest.raises(InputError, match=message) as error:
             for split in splits(name, root, download=True):
                 list(Loader(split, arguments(name, root), CPU).epoch(0))

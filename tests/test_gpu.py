@@ -15,6 +15,7 @@ import train_cls
 import train_seg
 from common import cli, distributed
 from common.distributed import Meter
+from common.features import PatchTokens
 from common.loader import Loader
 from grpo_rm import ClassificationHead, Policy, SegmentationHead, grpo_rm_loss, training_step
 
@@ -96,6 +97,25 @@ def test_the_host_does_not_wait_within_a_step(case):
         step(1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_patch_tokens_are_the_same_kept_and_computed(streamed, monkeypatch):
+    """Of images in the GPU's memory, and of images that workers decode."""
+    args = train_seg.parse_args(SCENES)
+    data.resolve_dataset(args, "segmentation")
+    split, found = data.load_data(args, WORLD)[0], []
+    monkeypatch.setattr("common.loader.memory_share", lambda world, share: 2**30 * (not streamed))
+    for room in (2**30, 0):
+        monkeypatch.setattr("common.features.memory_share", lambda world, share, room=room: room)
+        loader = Loader(split, args, WORLD)
+        torch.manual_seed(0)
+        source = PatchTokens(grpo_rm.load_backbone("vit_tiny").to("cuda"), loader, 1, "bf16")
+        assert (loader.resident is None) == streamed and source.kept == (100 if room else 0)
+        found.append([*source.batches([torch.arange(99, -1, -3), torch.arange(5)])])
+    for (one, masks), (other, same_masks) in zip(*found, strict=True):
+        assert torch.equal(masks, same_masks) and (masks >= 0).any()
+        torch.testing.assert_close(one, other, atol=0.1, rtol=0.1)
 
 
 @pytest.mark.parametrize(("method", "case"), [*itertools.product(("grpo_rm", "finetune"), CASES[:4])], ids=str)

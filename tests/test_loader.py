@@ -53,14 +53,14 @@ def test_global_batches_depend_on_the_seed_alone(name, augment, monkeypatch):
     assert equal(batches(augment=False), expected) != augment
     assert not any(torch.equal(other[0][1], expected[0][1]) for other in (batches(epoch=3), batches(seed=2)))
     for resident in (2**30, 0):
-        monkeypatch.setattr("common.loader.memory_share", lambda device, share, room=resident: room)
+        monkeypatch.setattr("common.loader.memory_share", lambda world, share, room=resident: room)
         assert equal(batches(size=2, workers=0), expected) and equal(batches(size=3, workers=2), expected)
         assert equal(batches(start=2), expected[2:])
 
 
 def test_workers_live_on_and_share_a_batch(monkeypatch):
     """Through all epochs, also after one that was left in its middle; what each is given is a piece of a batch."""
-    monkeypatch.setattr("common.loader.memory_share", lambda device, share: 0)
+    monkeypatch.setattr("common.loader.memory_share", lambda world, share: 0)
     monkeypatch.setattr("common.loader.PIECE", 4)
     split = Split(["a"] * 256, 22, lambda i: (torch.full((28, 28, 3), i, dtype=torch.uint8), os.getpid() + 256 * i))
     loader, found = Loader(split, arguments(batch_size=11, workers=2), CPU), []
@@ -78,13 +78,15 @@ def alive():
 
 
 def test_too_little_shared_memory_is_one_line(monkeypatch):
-    monkeypatch.setattr("common.loader.memory_share", lambda device, share: 0)
+    monkeypatch.setattr("common.loader.memory_share", lambda world, share: 0)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=20 * 2**20))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     split = splits("shapes")[0]
     assert next(Loader(split, arguments(batch_size=100, workers=2), CPU).epoch(0))
     loader = Loader(split, arguments(batch_size=1024, workers=2), CPU)
-    with pytest.raises(InputError, match=r"--workers 2: up to 0\.03 GB .* /dev/shm has 0\.02 GB; take fewer, or give"):
+    with pytest.raises(
+        InputError, match=r"--workers 2: up to 0\.03 GB .* /dev/shm has 0\.02 GB; take fewer or 0, or give"
+    ):
         next(loader.epoch(0))
 
 

@@ -78,6 +78,7 @@ def main(argv=None):
     run = argparse.Namespace(**read_config(args.run_dir))
     if run.task != "classification":
         raise cli.InputError(f"{args.run_dir} is a run of segmentation; label_errors is for classification")
+    run.workers = cli.cores_per_rank()  # of this machine
     world = distributed.start_processes(args.device)
     output = args.output or args.run_dir / "label_errors"
     make_directory(output, "--output")
