@@ -24,9 +24,13 @@ def knn_predict(train_features, train_labels, test_features, *, num_classes, k=5
     """The classes (m,) int64 that the k nearest of train_features (n, D), labels (n,), give to test_features (m, D).
 
     Similarity is the cosine; every neighbour has one vote, and a tie goes to the class whose votes have the larger
-    summed similarity. `chunk` test features are compared at a time: 0.7 GB of similarities for ImageNet.
+    summed similarity. `chunk` test features are compared at a time: 0.7 GB of similarities for ImageNet. Raises
+    ValueError where k is not between 1 and n.
     """
-    train, predictions = F.normalize(train_features, dim=1), []
+    if not 1 <= k <= len(train_features):
+        raise ValueError(f"k is {k}, but there are {len(train_features)} training features")
+    train = F.normalize(train_features, dim=1)
+    predictions = []
     for test in F.normalize(test_features, dim=1).split(chunk):  # (b, D)
         best, index = (test @ train.T).topk(k, dim=1)
         labels = train_labels[index]  # (b, k)

@@ -127,11 +127,11 @@ class PatchTokens:
         """(features (B, layers * D, h, w) float32, masks (B, M, M) int64) of every list of images, on all ranks."""
         world, to_compute = self.loader.world, []  # by this rank: places in each batch, a chunk at a time
         for batch in batches:
-            missing = torch.nonzero(batch >= self.kept)[:, 0]
-            chunks = missing.split(CHUNK) if len(missing) else ()
+            not_kept = torch.nonzero(batch >= self.kept)[:, 0]
+            chunks = not_kept.split(CHUNK) if len(not_kept) else ()
             to_compute.append(chunks[world.rank :: world.size])
-        computed = [batch[places] for batch, chunks in zip(batches, to_compute, strict=True) for places in chunks]
-        loaded = self.loader.fetch(computed)
+        missing = [batch[places] for batch, chunks in zip(batches, to_compute, strict=True) for places in chunks]
+        loaded = self.loader.fetch(missing)
         for batch, chunks in zip(batches, to_compute, strict=True):
             features = torch.zeros(len(batch), *self.shape, dtype=self.dtype, device=world.device)
             masks = torch.zeros(len(batch), *self.mask_shape, dtype=torch.int64, device=world.device)

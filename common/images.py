@@ -1,7 +1,7 @@
 """Images: which files a folder holds, what is in them, and how it becomes the network's input.
 
-Shapes: B images, H W or S S pixels, M side of a map of labels. An image comes as pixels
-(H, W, 3) uint8, RGB; what is prepared from it is (3, S, S) uint8.
+Shapes: B images, H W or S S pixels, M side of a map of labels. An image comes as pixels (H, W, 3) uint8, RGB; what is
+prepared from it is (3, S, S) uint8.
 """
 
 import contextlib

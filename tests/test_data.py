@@ -342,6 +342,16 @@ def test_imagenets_official_archives_are_unpacked_by_torchvision(image_folder, t
     assert [len(split) for split in splits("imagenet", tmp_path)] == [18, 6] and parts == ["train", "val"]
 
 
+def test_archives_are_checked_and_unpacked(tiny_imagenet, tmp_path, monkeypatch):
+    archive = shutil.make_archive(tmp_path / "published", "zip", tiny_imagenet, "tiny-imagenet-200")
+    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, max_hops: url)
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", lambda url, file: shutil.copyfile(archive, file))
+    with pytest.raises(InputError, match=r"not found or corrupted[^\n]*\); try again, or unpack [^\n]+$"):
+        splits("tiny_imagenet", tmp_path / "new", download=True)
+    monkeypatch.setattr("torchvision.datasets.utils.check_integrity", lambda file, md5: Path(file).is_file())
+    assert [len(split) for split in splits("tiny_imagenet", tmp_path / "new", download=True)] == [12, 6]
+
+
 def load_on_two_ranks(world, directory):
     """Rank 0 fetches, slowly; both decode."""
     asked, reads, read = [], [], data.read_image

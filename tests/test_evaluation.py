@@ -70,6 +70,9 @@ def test_knn_tie_goes_to_the_nearer_class():
     train, test = torch.stack([angles.cos(), angles.sin()], 1), torch.tensor([[1.0, 0.0]])
     # one of class 2; two of 0 at cos .5 + cos .1 = 1.873, two of 1 at cos .2 + cos .4 = 1.901
     assert knn_predict(train, labels, 100 * test, num_classes=3, k=5).tolist() == [1]
+    for k in (0, 6):
+        with pytest.raises(ValueError, match=f"k is {k}, but there are 5 training features"):
+            knn_predict(train, labels, test, num_classes=3, k=k)
 
 
 def test_softmax_regression_finds_the_optimum():

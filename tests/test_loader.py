@@ -14,7 +14,7 @@ from test_data import ORIENTATION, SEGMENTATION, arguments, equal, noise, splits
 
 from common import distributed
 from common.cli import InputError
-from common.images import MEAN, STD, input_transform, pad_crop_flip, to_pixels
+from common.images import MEAN, STD, input_transform, pad_crop_flip, resize_mask, to_pixels
 from common.loader import Loader
 from data import Split
 
@@ -121,6 +121,14 @@ def test_pad_crop_flip_against_a_loop():
     for i, (row, column) in enumerate(shifts.tolist()):
         window = np.pad(pixels[i].numpy(), ((2, 2), (2, 2), (0, 0)))[row : row + 8, column : column + 8]
         assert np.array_equal(result[i], window[:, ::-1] if flips[i] else window)
+
+
+@pytest.mark.parametrize(("size", "side"), [((37, 50), 16), ((8, 8), 8), ((5, 7), 12)])
+def test_masks_are_resized_to_the_label_at_the_centre(size, side):
+    mask = torch.tensor(noise(0, *size))
+    result = resize_mask(mask, side)
+    for i, j in np.ndindex(side, side):
+        assert result[i, j] == mask[int((i + 0.5) * size[0] / side), int((j + 0.5) * size[1] / side)]
 
 
 def test_imagenet_validation_is_the_centre_of_a_larger_resize():

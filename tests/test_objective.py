@@ -139,6 +139,25 @@ def test_two_classes_make_uniformity_irrelevant():
     torch.testing.assert_close(group_advantages(rewards), 2 * nn.functional.one_hot(targets, 2).double() - 1)
 
 
+def test_reward_statistics_in_closed_form():
+    """Eqs. (3) + (4): mean (c - 1)/c, variance (c^2 - 2 c q_k + sum q^2)/c - mean^2."""
+    c = 7
+    _, old, targets = random_case(n=40, c=c)
+    q = old.softmax(1)
+    rewards = accuracy_reward(targets, c) + uniformity_reward(q, targets)
+    mean = (c - 1) / c
+    variance = (c**2 - 2 * c * q[torch.arange(40), targets] + q.square().sum(1)) / c - mean**2
+    torch.testing.assert_close(rewards.mean(1), torch.full((40,), mean, dtype=torch.float64))
+    torch.testing.assert_close(rewards.var(1, correction=0), variance)
+    assert accuracy_reward(targets, c).dtype == torch.float32
+
+
+def test_eq5_rewards_as_printed():
+    q = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
+    rewards = uniformity_reward(q, torch.tensor([1]), "eq5")
+    torch.testing.assert_close(rewards, torch.tensor([[0.35 - 0.5, 0.3, 0.35 - 0.2]], dtype=torch.float64))
+
+
 @pytest.mark.parametrize("c", [2, 3, 10, 200])
 @pytest.mark.parametrize("floor", [0.3, 1.0, 3.0])
 def test_with_a_floor_it_is_cross_entropy_that_weighs_each_sample(c, floor):
@@ -239,6 +258,13 @@ def test_half_precision_is_computed_in_float32(dtype):
     loss, _ = grpo_rm_loss(logits, old, targets)
     assert loss.dtype == torch.float32 and torch.autograd.grad(loss, logits)[0].dtype == dtype
     assert loss == grpo_rm_loss(logits.float(), old.float(), targets)[0]
+
+
+def test_ratio_floor_bounds_the_ratio():
+    old = torch.tensor([[40.0, 0.0, 0.0, 0.0]])
+    targets = torch.tensor([1])
+    assert grpo_rm_loss(-old, old, targets)[1]["max_ratio"] > 1e15
+    assert 1 < grpo_rm_loss(-old, old, targets, ratio_floor=0.1)[1]["max_ratio"] <= 4 / 0.1
 
 
 @pytest.mark.parametrize("change", [
