@@ -3,8 +3,7 @@
     python -m tools.bench                          any machine; a CPU takes vit_tiny and small batches
     python -m tools.bench --backbone dinov2_vits14 --hub-repo ~/dinov2       hub code; random weights will do
 
-Prints Markdown. What is compared runs in turn, and a number is the median over the turns. Other work on the machine
-spoils the numbers of a CPU.
+Prints Markdown. What is compared runs in turn; a number is the median over the turns.
 """
 
 import copy
@@ -34,25 +33,22 @@ from tools.report import METHODS, PAPER, print_table
 
 LOSS_SHAPES = [(131072, 21), (65536, 171), (1024, 1000)]  # (N, G): pixels of VOC and of COCO-stuff, a batch of ImageNet
 JPEG_FILES = 256
-# Of Table 5: classes, training images, batch size on a CPU, and fine-tuning's floor: seconds of an epoch's arithmetic
-# on one H200 at 40 % of its bf16 rate (GRPO-RM: 4/3 of it).
+# Classes, training images, batch size on a CPU, GRPO-RM's floor: seconds an epoch on one H200 at 40 % of its bf16 rate.
 SETTINGS = {
-    "tiny_imagenet": (200, 100_000, 64, 1.05),
-    "imagenet": (1000, 1_281_167, 16, 149),
-    "voc2012": (21, 1464, 4, 0.9),
-    "coco_stuff": (171, 118_287, 2, 76),
+    "tiny_imagenet": (200, 100_000, 64, 1.4),
+    "imagenet": (1000, 1_281_167, 16, 199),
+    "voc2012": (21, 1464, 4, 1.2),
+    "coco_stuff": (171, 118_287, 2, 102),
 }
 
 
 def medians(runs, repeats):
-    """{name: median seconds} of {name: function}, which take `repeats` turns. Timer warms up with two runs of
-    the same function each time: what a run finds in cache and allocator depends on the one before it."""
-    seconds = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-            seconds[name].append(timer.timeit(1).median)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    """{name: median seconds} of {name: function}, which take `repeats` turns. Timer warms up with two runs of the same
+    function each time: what a run finds in cache and allocator depends on the one before it."""
+    threads = torch.get_num_threads()
+    timers = {name: Timer("run()", globals={"run": run}, num_threads=threads) for name, run in runs.items()}
+    turns = [{name: timer.timeit(1).median for name, timer in timers.items()} for _ in range(repeats)]
+    return {name: statistics.median(turn[name] for turn in turns) for name in runs}
 
 
 def measure_loss(shape, args, device):
@@ -60,19 +56,14 @@ def measure_loss(shape, args, device):
     old = torch.randn(shape, device=device)
     logits = (old + 0.3 * torch.randn_like(old)).requires_grad_()
     targets = torch.randint(shape[1], shape[:1], device=device)
-
-    def run(function):
-        loss, _ = function(logits, old, targets, ratio_floor=1.0)
-        return torch.autograd.grad(loss, logits)
-
-    compiled = torch.compile(grpo_rm_loss, dynamic=False)
-    runs = {"eager": lambda: run(grpo_rm_loss), "compiled": lambda: run(compiled)}
+    runs = {}
+    for name, loss in {"eager": grpo_rm_loss, "compiled": torch.compile(grpo_rm_loss, dynamic=False)}.items():
+        runs[name] = lambda loss=loss: torch.autograd.grad(loss(logits, old, targets, ratio_floor=1.0)[0], logits)
     return {"(N, G)": shape} | {f"{name} ms": 1e3 * x for name, x in medians(runs, args.repeats).items()}
 
 
 def measure_steps(dataset, args, device, images_per_s):
-    """A row for each method, whose training steps on images of noise come in turn. `images_per_s` of the dataset's
-    loader, None where the images are resident, says what share of a step's images it decodes in the step's time."""
+    """A row for each method, whose steps come in turn. images_per_s: of a worker, where the dataset is streamed."""
     outputs, train_images, cpu_batch, floor = SETTINGS[dataset]
     stage, make_head, map_shape = train_cls, ClassificationHead, ()
     if dataset in PROTOCOLS["segmentation"]:
@@ -86,24 +77,22 @@ def measure_steps(dataset, args, device, images_per_s):
     backbone = load_backbone(args.backbone, hub_repo=args.hub_repo, weights=args.weights)
     head = make_head(backbone.embed_dim, outputs, hidden_dim)
     torch._dynamo.reset()  # it keeps few shapes of a function
-    steps = {}
+    runs = {}
     for method in ("finetune", "grpo_rm"):
         options.method = method
         policy = copy.deepcopy(Policy(backbone, head, args.amp)).to(device)
+        policy.encoder.compile(dynamic=False, disable=not args.compile)
         old_policy = None
         if method == "grpo_rm":
             old_policy = copy.deepcopy(policy).requires_grad_(args.compile)  # as in train
             old_policy.encoder.compile(dynamic=False, disable=not args.compile)
-        policy.encoder.compile(dynamic=False, disable=not args.compile)
-        parts = policy, old_policy, policy.encoder, make_loss(options)
-        optimizer = make_optimizer(policy, options)
-        steps[method] = functools.partial(training_step, *parts, optimizer, meter=Meter(), args=options)
-    runs = {method: functools.partial(step, images, targets) for method, step in steps.items()}
+        parts = policy, old_policy, policy.encoder, make_loss(options), make_optimizer(policy, options)
+        runs[method] = functools.partial(training_step, *parts, images, targets, Meter(), options)
     rows = []
     for method, seconds in medians(runs, args.repeats).items():
         row = {"setting": f"{dataset}, {method}, {B} x {side}^2", "step ms": 1e3 * seconds}
         row |= {"epoch s": train_images / B * seconds, "paper: s": PAPER[dataset, "seconds"][METHODS[method]]}
-        row["floor: s"] = floor if method == "finetune" else floor * 4 / 3
+        row["floor: s"] = floor if method == "grpo_rm" else floor * 3 / 4  # one forward pass less
         if images_per_s:
             row[f"fed by {options.workers} workers"] = options.workers * images_per_s * seconds / B
         if device.type == "cuda":
@@ -115,15 +104,14 @@ def measure_steps(dataset, args, device, images_per_s):
 
 
 def measure_loaders(args, world):
-    """A row for each loader of JPEG files of 500 x 375 pixels, drawn scenes, with one worker: ImageNet's beside its
-    peer, torchvision's ImageFolder with the same transforms, and COCO-stuff's; with the workers that would feed one
-    H200 at GRPO-RM's floor."""
+    """Rows for ImageNet's and COCO-stuff's loader, and a peer: torchvision's ImageFolder with ImageNet's transforms.
+    Images/s of one worker, JPEG files of 500 x 375 pixels; the workers that feed one H200 at GRPO-RM's floor."""
     runs = {}
     with tempfile.TemporaryDirectory() as directory:
+        Path(directory, "scenes").mkdir()
         for i in range(JPEG_FILES):
             pixels, mask = draw_scene(i, seed=0, side=500)
-            file = Path(directory, "ab"[i % 2], f"{i}.jpg")
-            file.parent.mkdir(exist_ok=True)
+            file = Path(directory, "scenes", f"{i}.jpg")
             Image.fromarray(pixels[:375].numpy()).save(file, quality=90)
             Image.fromarray(mask[:375]).save(file.with_suffix(".mask"), "PNG")
         crop = v2.RandomResizedCrop(224, interpolation=InterpolationMode.BICUBIC)
@@ -141,12 +129,11 @@ def measure_loaders(args, world):
             loader = Loader(split, options, world, augment=True)
             loader.resident = None  # streamed, as the whole set is
             runs[dataset] = lambda loader=loader: list(loader.decoded(torch.arange(JPEG_FILES).split(64), key=(0, 0)))
-        seconds = medians(runs, args.repeats)
-    rows = []
-    for name in runs:
-        _, train_images, _, floor = SETTINGS[name.partition(",")[0]]
-        rate = JPEG_FILES / seconds[name]
-        rows.append({"loader": name, "images/s": rate, "workers": train_images / (floor * 4 / 3) / rate})
+        rows = []
+        for name, seconds in medians(runs, args.repeats).items():
+            _, train_images, _, floor = SETTINGS[name.partition(",")[0]]
+            rate = JPEG_FILES / seconds
+            rows.append({"loader": name, "images/s": rate, "workers": train_images / floor / rate})
     return rows
 
 
@@ -162,7 +149,6 @@ def main(argv=None):
     args = parser.parse_args(argv)
     make_directory(Path(args.output or ".").parent, "--output")
     world = start_processes(args.device)
-    args.dataset = "tiny_imagenet"
     args.backbone = args.backbone or ("dinov2_vits14" if world.device.type == "cuda" else "vit_tiny")
     cli.resolve_model_arguments(args, world)
     torch.set_num_threads(args.threads or torch.get_num_threads())
