@@ -108,13 +108,14 @@ class PatchTokens:
         chunks = torch.arange(len(loader.split)).split(CHUNK)[: int(room // chunk_bytes)]
         self.kept = sum(map(len, chunks))  # images 0 to kept - 1
         own = chunks[world.rank :: world.size]
+        self.row = torch.full((len(loader.split),), -1)  # of each image in what this rank keeps; -1: not here
         self.features = torch.empty(len(own) * CHUNK, *self.shape, dtype=self.dtype, device=world.device)
         self.masks = torch.empty(len(own) * CHUNK, M, M, dtype=torch.int16, device=world.device)
         loaded = progress(loader.fetch(own), "features", world, len(own))
-        for number, (images, masks) in enumerate(loaded):
-            rows = slice(number * CHUNK, number * CHUNK + len(images))
-            self.features[rows] = self.of(images)
-            self.masks[rows] = masks
+        for number, (indices, (images, masks)) in enumerate(zip(own, loaded, strict=True)):
+            rows = number * CHUNK + torch.arange(len(indices))
+            self.row[indices] = rows
+            self.features[rows], self.masks[rows] = self.of(images), masks.short()
 
     @torch.no_grad()
     def of(self, images):
@@ -135,12 +136,10 @@ class PatchTokens:
         for batch, chunks in zip(batches, to_compute, strict=True):
             features = torch.zeros(len(batch), *self.shape, dtype=self.dtype, device=world.device)
             masks = torch.zeros(len(batch), *self.mask_shape, dtype=torch.int64, device=world.device)
-            owner = (batch // CHUNK) % world.size
-            here = torch.nonzero((batch < self.kept) & (owner == world.rank))[:, 0]
-            images_here = batch[here]
-            rows = images_here // CHUNK // world.size * CHUNK + images_here % CHUNK  # in this rank's store
-            features[here] = self.features[rows]
-            masks[here] = self.masks[rows].long()
+            rows = self.row[batch]
+            here = rows >= 0
+            features[here] = self.features[rows[here]]
+            masks[here] = self.masks[rows[here]].long()
             for places in chunks:
                 images, masks[places] = next(loaded)
                 features[places] = self.of(images)
