@@ -23,6 +23,7 @@ DATA = Path(os.environ.get("GRPO_RM_TEST_DATA", ROOT.parent / "shared" / "data")
 TINY = ["--device", "cpu", "--workers", "2", "--limit-train", "100", "--limit-val", "40"]  # of the embedded shapes
 TORCHRUN = ["-m", "torch.distributed.run"]
 TWO = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
+MEASURED = ("images_per_s", "seconds", "peak_memory_gb")  # in log.jsonl: they differ from run to run
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +57,11 @@ def start(script, *arguments, launch=(), stderr=subprocess.PIPE, **environment):
     command = [sys.executable, *launch, ROOT / script, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     return subprocess.Popen([*map(str, command)], env=environment, stderr=stderr, text=True)
+
+
+def children(pid):
+    """The processes that `pid` started."""
+    return [int(part) for file in Path(f"/proc/{pid}/task").glob("*/children") for part in file.read_text().split()]
 
 
 def in_processes(function, size, *arguments):
@@ -97,6 +103,17 @@ def stderr_of(capsys, main, *arguments, status=2):
 
 def read_json(path):
     return json.loads(Path(path).read_text())
+
+
+def read_log(directory):
+    """The lines of log.jsonl without what differs from run to run; each must be valid JSON."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    lines = (Path(directory) / "log.jsonl").read_text().splitlines()
+    events = [json.loads(line, parse_constant=refuse) for line in lines]
+    return [{name: value for name, value in event.items() if name not in MEASURED} for event in events]
 
 
 def write_image(path, seed, size=(20, 16), mode="RGB"):

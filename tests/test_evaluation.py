@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, TINY, in_processes, read_json, stderr_of
+from conftest import CPU, TINY, in_processes, read_json, read_log, stderr_of
 from PIL import Image
-from soak_resume import read_log
 
 import data
 import eval_knn

@@ -6,8 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import TORCHRUN, start
-from soak_resume import read_log
+from conftest import TORCHRUN, read_log, start
 
 import data
 import grpo_rm

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, read_json, stderr_of, write_image
+from conftest import CPU, read_json, read_log, stderr_of, write_image
 from PIL import Image
-from soak_resume import read_log
 
 import train_cls
 import train_seg

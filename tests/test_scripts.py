@@ -8,8 +8,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import DATA, ROOT, TINY, TWO, read_json, start, stderr_of, write_image
-from soak_resume import read_log
+from conftest import DATA, ROOT, TINY, TWO, read_json, read_log, start, stderr_of, write_image
 
 import eval_knn
 import eval_linear

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, TINY, in_processes, read_json, stderr_of
-from soak_resume import read_log
+from conftest import CPU, TINY, in_processes, read_json, read_log, stderr_of
 
 import data
 import grpo_rm
