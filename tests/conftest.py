@@ -1,10 +1,10 @@
 """Small worlds for the tests: images on disk, scripts as a user starts them, several processes."""
 
+import functools
 import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 import grpo_rm
 from common import distributed
@@ -69,7 +70,7 @@ def in_processes(function, size, *arguments):
     main.__wrapped__ of a script, which leaves errors and the process group alone, they are as torchrun's."""
     torch.multiprocessing.set_forkserver_preload(["torchvision"])
     options = {"nprocs": size, "start_method": "forkserver"}
-    torch.multiprocessing.start_processes(one_of_several, (function, size, free_port(), arguments), **options)
+    torch.multiprocessing.start_processes(one_of_several, (function, size, get_free_port(), arguments), **options)
 
 
 def one_of_several(rank, function, size, port, arguments):
@@ -84,13 +85,6 @@ def one_of_several(rank, function, size, port, arguments):
         torch.distributed.destroy_process_group()
 
 
-def free_port():
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def stderr_of(capsys, main, *arguments, status=2):
     """Call main, which must exit with `status` after one line on stderr; returns it."""
     with pytest.raises(SystemExit) as exit_:
@@ -99,6 +93,9 @@ def stderr_of(capsys, main, *arguments, status=2):
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "Traceback" not in error, error
     return error
+
+
+assert_same_bits = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 def read_json(path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, in_processes, write_mask, write_pair
+from conftest import CPU, assert_same_bits, in_processes, write_mask, write_pair
 from PIL import Image, ImageOps
 
 import data
@@ -42,13 +42,6 @@ def everything(split):
     """All pixels of a split, and all targets, as bytes."""
     images, targets = zip(*map(split.read, range(len(split))), strict=True)
     return [np.asarray(image).tobytes() for image in images], [np.asarray(target).tobytes() for target in targets]
-
-
-def equal(one, other):
-    """Whether two nested sequences of tensors hold the same bits."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    return len(one) == len(other) and all(equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def noise(seed, *shape, high=256):
@@ -181,11 +174,10 @@ def relabel(pattern, change, root, mode="L", suffix=".png"):
     (CLASSES, put("val/class1/0.jpg", b"no image"), r"val/class1/0\.jpg cannot be read"),
     (CLASSES, lambda root: write(root / JPG, (root / JPG).read_bytes()[:-99]), r"class1/0\.jpg cannot be read"),
     (CLASSES, lambda root: Image.new("F", (9, 9)).save(root / "val/class1/x.tiff"), r"x\.tiff .* \(32-bit numbers"),
+    (CLASSES, put("val/class1/x.pgm", b"P5 65520 65520 255\n"), r"x\.pgm cannot be read \(Image size .* exceeds limit"),
     (MASKS, remove("masks/train/3.png"), r"images/train/3\.jpg: needed are one image 3\.\* .* and one mask 3\.\* "),
-    (MASKS, remove("images/val/3.jpg"), r"masks/val/3\.png: needed are one image"),
     (MASKS, remove("images/val", "masks/val"), "images/val holds no image"),
     (MASKS, put("images/train/2.webp", b""), r"train/2\.jpg and .*train/2\.webp and .*2\.png: needed"),
-    (MASKS, put("masks/val/2.bmp", b""), r"val/2\.bmp and .*val/2\.png: needed"),
     (MASKS, partial(relabel, TWO, lambda x: x[1:]), r"train/2\.png has 39 x 62 pixels, its image 40 x 62"),
     (MASKS, partial(relabel, "val/2.png", lambda x: x + 1), r"val/2\.png has label 3; labels are 0 to 2, and 255"),
     (MASKS, partial(relabel, TWO, lambda x: x, mode="RGB"), r"train/2\.png cannot be read \(PNG RGB "),
@@ -196,7 +188,6 @@ def relabel(pattern, change, root, mode="L", suffix=".png"):
     (MASKS, lambda root: (relabel("*/*.png", np.zeros_like, root), remove("classes.txt")(root)), ": 1 classes"),
     (TINY, remove("*/wnids.txt"), MISSING),
     (TINY, remove("*/train/n02/images/*_1.JPEG"), MISSING),
-    (TINY, remove("*/val/val_annotations.txt"), MISSING),
     (COCO, remove("stuffthingmaps"), r"is missing; unpack .*stuffthingmaps_trainval2017\.zip"),
     (COCO, lambda root: write_mask(root / "stuffthingmaps/train2017/0.png", [[183]]), "label 183; .* stuff-only"),
 ])  # fmt: skip
@@ -377,7 +368,8 @@ def test_one_rank_downloads_and_all_decode_their_share(tiny_imagenet, tmp_path):
         asked, reads, stores = torch.load(tmp_path / f"{rank}.pth", weights_only=True)
         assert asked == ([] if rank else official)
         assert reads == [names[0], *names[rank::2]]  # the first one tells the shape
-        assert equal(stores, alone) and alone[0].amax((1, 2, 3)).min() > 0
+        assert_same_bits(stores, alone)
+        assert alone[0].amax((1, 2, 3)).min() > 0
 
 
 def test_exif_orientation_is_applied_where_the_mask_fits(image_folder, mask_folder):
@@ -408,14 +400,6 @@ def test_a_jpeg_is_pillows_to_the_bit(kind, tmp_path, monkeypatch):
     assert upright.shape != as_stored.shape or kind != "turned"
 
 
-def test_a_jpeg_that_claims_to_be_huge_is_refused(tmp_path):
-    Image.new("L", (8, 8)).save(tmp_path / "x.jpg")
-    content = (tmp_path / "x.jpg").read_bytes()
-    write(tmp_path / "x.jpg", content.replace(b"\x08\x00\x08\x00\x08", b"\x08\xff\xf0\xff\xf0"))
-    with pytest.raises(InputError, match=r"x\.jpg cannot be read \(Image size \(4292870400 pixels\) exceeds"):
-        data.read_image(tmp_path / "x.jpg")
-
-
 def test_limits_keep_all_classes_and_a_fraction_is_the_seeds():
     def load(**more):
         train, val = load_data(arguments(limit_train=100, limit_val=2000, **more), CPU)
@@ -428,15 +412,11 @@ def test_limits_keep_all_classes_and_a_fraction_is_the_seeds():
     assert load(train_fraction=0.1, method="finetune") == some != load(train_fraction=0.1, seed=2)
 
 
-def test_wrong_labels_are_uniform():
-    count, clean = 20000, np.arange(20000) % 10
-    draws = np.random.default_rng((4, 3)).random((count, 2))  # the study rests on these very numbers
-    for share in (0.2, 0.4, 1):
-        shifts = data.label_shifts(count, 10, share, seed=3)
-        assert shifts.tolist() == [1 + int(9 * which) if chance < share else 0 for chance, which in draws]
-        confusion = np.histogram2d(clean, (clean + shifts) % 10, 10)[0]
-        expected = np.where(np.eye(10), count / 10 * (1 - share), count / 90 * share)
-        assert (abs(confusion - expected) < 5 * expected**0.5 + 1e-9).all()
+@pytest.mark.parametrize("share", [0.2, 1])
+def test_wrong_labels_are_drawn_uniformly(share):
+    draws = np.random.default_rng((4, 3)).random((2000, 2))  # the study rests on these very numbers
+    shifts = data.label_shifts(2000, 10, share, seed=3)
+    assert shifts.tolist() == [1 + int(9 * which) if chance < share else 0 for chance, which in draws]
 
 
 def test_label_noise_is_of_training_samples_before_limits(image_folder):

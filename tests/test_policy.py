@@ -38,8 +38,6 @@ def dinov2_vits14(*, pretrained=True, **kwargs):
 dinov3_vits16 = dinov2_vits14
 def resnet(*, pretrained=True):
     return nn.Linear(1, 1)
-def strange():
-    return Stand()
 """
 
 
@@ -98,21 +96,10 @@ def test_every_dinov2_name_asks_the_pinned_repository(name, monkeypatch):
     assert asked["source"] == "github" and asked["pretrained"] and asked["skip_validation"]
 
 
-def test_a_failed_download_is_one_line(monkeypatch):
-    def load(*names, **options):
-        raise OSError("<urlopen error unreachable>\nsecond line")
-
-    monkeypatch.setattr(torch.hub, "load", load)
-    with pytest.raises(InputError, match=r"unreachable.*--hub-repo DIR .* and --weights FILE") as error:
-        load_backbone("dinov2_vits14")
-    assert "\n" not in str(error.value)
-
-
 def test_unknown_names(hub_repo):
     for name, repo, reason in (
         ("resnet50", hub_repo, "resnet50 from"), ("resnet", hub_repo, "no forward_features"),
-        ("strange", hub_repo, "'pretrained'"), ("vit_tiny", hub_repo, "vit_tiny is built in"),
-        ("resnet", "no directory", "owner/repo"), ("dinov2_vits15", None, "vits14_reg"),
+        ("vit_tiny", hub_repo, "vit_tiny is built in"), ("resnet", "no directory", "owner/repo"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=reason):
             load_backbone(name, hub_repo=repo)
@@ -123,11 +110,10 @@ STATE = VitTiny().state_dict()
 
 @pytest.mark.parametrize(("content", "message"), [
     ({k: v for k, v in STATE.items() if k != "vit.class_token"}, r"does not fit .*vit\.class_token"),
-    (STATE | {"extra": torch.zeros(1)}, "does not fit .*extra"),
     (STATE | {"vit.class_token": torch.full((1, 1, 96), torch.nan)}, r"vit\.class_token .* not finite"),
     (STATE | {"vit.class_token": torch.zeros(1, 1, 7)}, "does not fit .*class_token.*1, 1, 7.*1, 1, 96"),
     ({"model": {"a": torch.zeros(1)}}, "does not hold a state dict"),
-], ids=["missing", "extra", "not finite", "shape", "nested"])  # fmt: skip
+], ids=["missing", "not finite", "shape", "nested"])  # fmt: skip
 def test_weights_that_do_not_fit_are_named(content, message, tmp_path):
     torch.save(content, file := tmp_path / "weights.pth")
     with pytest.raises(InputError, match=message) as error:

@@ -10,7 +10,8 @@ import time
 
 import pytest
 import torch
-from conftest import TINY, TORCHRUN, TWO, children, free_port, in_processes, read_log, start, stderr_of, write_image
+from conftest import TINY, TORCHRUN, TWO, children, in_processes, read_log, start, stderr_of, write_image
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 import train_cls
 import train_seg
@@ -90,10 +91,7 @@ def test_a_finished_run_is_left_as_it_is(whole, tmp_path, capsys):
     assert_same_runs(whole, tmp_path / "run")
 
 
-@pytest.mark.parametrize(("flag", "value"), [
-    ("--lr", "1e-4"), ("--ratio-floor", "0"), ("--epochs", "5"), ("--method", "finetune"), ("--batch-size", "7"),
-    ("--uniformity", "eq5"), ("--seed", "5"), ("--augment", "none"), ("--train-fraction", "0.5"), ("--amp", "bf16"),
-])  # fmt: skip
+@pytest.mark.parametrize(("flag", "value"), [("--lr", "1e-4"), ("--method", "finetune"), ("--train-fraction", "0.5")])
 def test_resume_refuses_other_settings(flag, value, whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "run")
     before = {path.name: path.read_bytes() for path in whole.iterdir()}
@@ -198,7 +196,7 @@ def test_processes_that_are_stopped_and_killed(tmp_path, capsys):
         lines = len(read_log(stopped))
 
     launch = [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--max-restarts=1", "--rdzv-id=test"]
-    launch += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--local-addr=127.0.0.1"]
+    launch += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{get_free_port()}", "--local-addr=127.0.0.1"]
     flags = [*LONG, stopped, "--checkpoint-minutes", "0", "--resume"]
     agents = [start("train_cls.py", *flags, launch=launch, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1") for _ in range(2)]
     try:
