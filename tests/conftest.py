@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from torch.distributed.elastic.utils.distributed import get_free_port
 
+import data
 import grpo_rm
-from common import distributed
+from common import cli, distributed
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = distributed.World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
@@ -24,6 +25,7 @@ DATA = Path(os.environ.get("GRPO_RM_TEST_DATA", ROOT.parent / "shared" / "data")
 TINY = ["--device", "cpu", "--workers", "2", "--limit-train", "100", "--limit-val", "40"]  # of the embedded shapes
 TORCHRUN = ["-m", "torch.distributed.run"]
 TWO = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
+assert_same_bits = functools.partial(torch.testing.assert_close, rtol=0, atol=0)  # of nested lists of tensors
 MEASURED = ("images_per_s", "seconds", "peak_memory_gb")  # in log.jsonl: they differ from run to run
 
 
@@ -85,6 +87,14 @@ def one_of_several(rank, function, size, port, arguments):
         torch.distributed.destroy_process_group()
 
 
+def parse(script, *flags, world=CPU):
+    """The arguments of a training script, as its main resolves them."""
+    args = script.parse_args(["--device", "cpu", *flags])
+    protocol = data.resolve_dataset(args, "classification", "segmentation")
+    cli.resolve_training_arguments(args, world, protocol, lr=script.PAPER_LR)
+    return args
+
+
 def stderr_of(capsys, main, *arguments, status=2):
     """Call main, which must exit with `status` after one line on stderr; returns it."""
     with pytest.raises(SystemExit) as exit_:
@@ -93,9 +103,6 @@ def stderr_of(capsys, main, *arguments, status=2):
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "Traceback" not in error, error
     return error
-
-
-assert_same_bits = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 def read_json(path):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -160,9 +161,7 @@ def test_every_class_is_counted(tmp_path):
     layer, result = torch.nn.Linear(96, 10), read_json(tmp_path / "other.json")
     layer.load_state_dict(torch.load(tmp_path / "other.pth", weights_only=True))
     features, targets = class_tokens(encoder_of_seed_0(), drawn("shapes", 9, part=1), 9)
-    confusion = np.zeros((10, 10), int)
-    for pair in zip(targets.tolist(), layer(features).argmax(1).tolist(), strict=True):
-        confusion[pair] += 1
+    confusion = confusion_matrix(layer(features).argmax(1), targets, 10).numpy()
     assert np.array_equal(result["confusion"], confusion)
     assert result["top1"] == pytest.approx(100 * confusion.trace() / 9, abs=1e-4)
     accuracies = result["per_class_accuracy"]
@@ -267,17 +266,19 @@ def test_predict_averages_probabilities():
     assert not torch.equal(predict(logits, (33, 47)), sum(maps).argmax(0))
 
 
-@pytest.mark.parametrize("features", ["linear", "multiscale"])
-def test_images_are_scored_at_the_size_of_their_masks(features, mask_folder, tmp_path):
+@pytest.mark.parametrize(("features", "name"), [("linear", "linear"), ("multiscale", "linear_multiscale")])
+def test_images_are_scored_at_the_size_of_their_masks(features, name, mask_folder, tmp_path, monkeypatch):
     """The result against predictions made here, image by image, scale by scale, each with its mirror image."""
+    monkeypatch.chdir(tmp_path)
     flags = [*SHORT, "--dataset", "folder", "--data-root", str(mask_folder), "--image-size", "56", "--map-size", "8"]
-    flags += ["--features", features, "--output", str(tmp_path / "r.json")]
+    flags += ["--features", features]
     eval_linear.main([*flags, "--save-images", "2"])
-    result, confusion, found = read_json(tmp_path / "r.json"), 0, []
+    directory = Path("runs/folder/frozen/seed0")
+    result, confusion, found = read_json(directory / f"eval_{name}.json"), 0, []
     split = load_splits("folder", mask_folder, "segmentation", download=False)[1]
     layers = 1 if features == "linear" else 4
     segmenter = torch.nn.Sequential(torch.nn.BatchNorm2d(96 * layers), torch.nn.Conv2d(96 * layers, 3, 1)).eval()
-    segmenter.load_state_dict(torch.load(tmp_path / "r.pth", weights_only=True))
+    segmenter.load_state_dict(torch.load(directory / f"{name}.pth", weights_only=True))
     backbone = encoder_of_seed_0().backbone
     sides = [56] if features == "linear" else [56, 70, 98]  # 56 * 1.32 and 56 * 1.73 in whole patches
     loader = Loader(split, argparse.Namespace(**result, workers=0), CPU, sides=sides)
@@ -300,17 +301,17 @@ def test_images_are_scored_at_the_size_of_their_masks(features, mask_folder, tmp
     assert all(result[name] == pytest.approx(100 * scores[name], abs=1e-4) for name in ("pixel_acc", "iou", "miou"))
     assert list(result["per_class_iou"]) == ["sky", "road", "car"]
     assert (result["method"], result["features"]) == ("frozen", features)
-    saved = tmp_path / "r_images"
-    names = [f"{i:06d}_{kind}.png" for i in (0, 3) for kind in ("image", "prediction", "truth")]
-    assert sorted(path.name for path in saved.iterdir()) == names
-    for name, labels in (("prediction", found[3]), ("truth", masks[3])):
-        with Image.open(saved / f"000003_{name}.png") as image:
+    saved = directory / f"eval_{name}_images"
+    files = [f"{i:06d}_{kind}.png" for i in (0, 3) for kind in ("image", "prediction", "truth")]
+    assert sorted(path.name for path in saved.iterdir()) == files
+    for kind, labels in (("prediction", found[3]), ("truth", masks[3])):
+        with Image.open(saved / f"000003_{kind}.png") as image:
             assert image.mode == "P" and np.array_equal(image, labels)
             assert image.getpalette()[:6] == [0, 0, 0, 128, 0, 0]
     with Image.open(saved / "000003_image.png") as image:
         assert np.array_equal(image, split.read(3)[0])
     eval_linear.main([*flags, "--save-images", "1"])  # leaves no picture of before
-    assert sorted(path.name for path in saved.iterdir()) == names[:3]
+    assert sorted(path.name for path in saved.iterdir()) == files[:3]
 
 
 def test_palette_is_vocs():

@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from conftest import TORCHRUN, read_log, start
+from conftest import TORCHRUN, parse, read_log, start
 
 import data
 import grpo_rm
 import train_cls
 import train_seg
-from common import cli, distributed
+from common import distributed
 from common.distributed import Meter
 from common.features import PatchTokens
 from common.loader import Loader
@@ -55,9 +55,7 @@ def make_step(task, amp, compiled):
     torch._dynamo.reset()
     torch.manual_seed(0)
     script, flags = (train_cls, SHAPES) if task == "cls" else (train_seg, SCENES)
-    args = script.parse_args([*flags, "--amp", amp, "--ratio-floor", "0", *compiled])
-    protocol = data.resolve_dataset(args, "classification", "segmentation")
-    cli.resolve_training_arguments(args, WORLD, protocol, lr=script.PAPER_LR)
+    args = parse(script, *flags, "--amp", amp, "--ratio-floor", "0", *compiled, world=WORLD)
     split, _ = data.load_data(args, WORLD)
     head = ClassificationHead(96, 10) if task == "cls" else SegmentationHead(96, 11, 64, args.map_size)
     policy = Policy(grpo_rm.load_backbone("vit_tiny"), head, args.amp).to("cuda")
