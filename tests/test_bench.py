@@ -1,10 +1,10 @@
 """bench.py on a tiny budget: what it writes, never how fast anything is."""
 
 import functools
-import json
 
 import pytest
 import torch
+from conftest import read_json
 
 from common.cli import cores_per_rank
 from tools import bench
@@ -18,7 +18,7 @@ def test_bench_writes_what_it_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "SETTINGS", dict.fromkeys(bench.SETTINGS, (5, 9, 2, 1.0)))
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     bench.main(["--device", "cpu", "--repeats", "1", "--threads", "1", "--output", str(output)])
-    result = json.loads(output.read_text())
+    result = read_json(output)
     assert {"torch_version", "device_name", "threads", "backbone", "amp"} <= result["machine"].keys()
     (loss,) = result["loss"]
     assert loss["eager ms"] > 0 and loss["compiled ms"] > 0

@@ -164,12 +164,9 @@ def relabel(pattern, change, root, mode="L", suffix=".png"):
 
 
 @pytest.mark.parametrize(("dataset", "spoil", "message"), [
-    (CLASSES, remove("val"), NO_CLASSES),
-    (("imagenet", "tmp_path"), remove(), NO_CLASSES),
     (CLASSES, remove("train/class[12]", "val/class[12]"), NO_CLASSES),
     (CLASSES, put("val/other/0.jpg", b""), "val/other: no such class"),
     (CLASSES, remove("train/class1/*"), "train/class1 holds no image"),
-    (CLASSES, remove("val/*/*"), "val/class0 holds no image"),
     (CLASSES, lambda root: (remove("val/*")(root), put("val/0.jpg", b"")(root)), NO_CLASSES),
     (CLASSES, put("val/class1/0.jpg", b"no image"), r"val/class1/0\.jpg cannot be read"),
     (CLASSES, lambda root: write(root / JPG, (root / JPG).read_bytes()[:-99]), r"class1/0\.jpg cannot be read"),
@@ -400,16 +397,17 @@ def test_a_jpeg_is_pillows_to_the_bit(kind, tmp_path, monkeypatch):
     assert upright.shape != as_stored.shape or kind != "turned"
 
 
-def test_limits_keep_all_classes_and_a_fraction_is_the_seeds():
+def test_limits_keep_all_classes_a_fraction_is_the_seeds_and_noise_is_of_training_labels():
     def load(**more):
         train, val = load_data(arguments(limit_train=100, limit_val=2000, **more), CPU)
-        assert len(val) == 1000
+        assert len(val) == 1000 and [val.read(i)[1] for i in range(20)] == [*range(10)] * 2  # without label noise
         return [*zip(*everything(train), strict=True)]
 
-    whole, some = load(), load(train_fraction=0.1)
+    whole, some, noisy = load(), load(train_fraction=0.1), load(label_noise=1)
     assert len(whole) == 100 and len({label for _, label in whole}) == 10
     assert len(some) == 10 and set(some) <= set(whole)
     assert load(train_fraction=0.1, method="finetune") == some != load(train_fraction=0.1, seed=2)
+    assert all(one[0] == other[0] and one[1] != other[1] for one, other in zip(whole, noisy, strict=True))
 
 
 @pytest.mark.parametrize("share", [0.2, 1])
@@ -417,14 +415,3 @@ def test_wrong_labels_are_drawn_uniformly(share):
     draws = np.random.default_rng((4, 3)).random((2000, 2))  # the study rests on these very numbers
     shifts = data.label_shifts(2000, 10, share, seed=3)
     assert shifts.tolist() == [1 + int(9 * which) if chance < share else 0 for chance, which in draws]
-
-
-def test_label_noise_is_of_training_samples_before_limits(image_folder):
-    clean, val = load_data(arguments("folder", image_folder, limit_train=12, limit_val=3), CPU)
-    noisy, noisy_val = load_data(arguments("folder", image_folder, limit_train=12, limit_val=3, label_noise=0.4), CPU)
-    kept = np.linspace(0, 17, 12).round().astype(int)
-    for i, shift in enumerate(data.label_shifts(18, 3, 0.4, seed=1)[kept]):
-        (image, label), (same_image, noisy_label) = clean.read(i), noisy.read(i)
-        assert torch.equal(image, same_image) and torch.equal(image, data.read_image(noisy.files[i]))
-        assert noisy_label == (label + shift) % 3
-    assert everything(val) == everything(noisy_val)

@@ -307,7 +307,6 @@ def test_images_are_scored_at_the_size_of_their_masks(features, name, mask_folde
     for kind, labels in (("prediction", found[3]), ("truth", masks[3])):
         with Image.open(saved / f"000003_{kind}.png") as image:
             assert image.mode == "P" and np.array_equal(image, labels)
-            assert image.getpalette()[:6] == [0, 0, 0, 128, 0, 0]
     with Image.open(saved / "000003_image.png") as image:
         assert np.array_equal(image, split.read(3)[0])
     eval_linear.main([*flags, "--save-images", "1"])  # leaves no picture of before

@@ -1,13 +1,12 @@
 """Backbones, heads and weights: what loads, what is refused, and what an exported backbone loads into."""
 
-import json
 import pickle
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, TINY
+from conftest import CPU, TINY, read_json
 from torch import nn
 
 import eval_knn
@@ -83,7 +82,7 @@ def test_exported_weights_load_strictly_into_a_fresh_hub_model(hub_repo, tmp_pat
     fresh.load_state_dict(state, strict=True)
     for module, name in ((eval_linear, "eval_linear.json"), (eval_knn, "eval_knn.json")):
         module.main([*TINY, "--weights", str(file)])  # backbone, hub repository and image size come from config.json
-        result = json.loads((tmp_path / "run" / name).read_text())
+        result = read_json(tmp_path / "run" / name)
         assert (result["backbone"], result["image_size"], result["method"]) == ("dinov2_vits14", 40, "grpo_rm")
 
 

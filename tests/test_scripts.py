@@ -43,8 +43,8 @@ def test_help_is_the_manual(script, capsys):
         ("--train-fraction 1.5", "argument --train-fraction"), ("--seed 18446744073709551616", "argument --seed"),
         ("--epochs 1 --warmup-epochs 1", "--warmup-epochs 1 leaves nothing of --epochs 1"),
         ("--device cuda", "--device cuda: no CUDA device here"), ("--uniformity eq6", "invalid choice: 'eq6'"),
-        *((f"--output-dir {path}", f"--output-dir: {path} cannot be written")
-          for path in ("{tmp}/text.pth", "{tmp}/text.pth/run", "/proc/run")),
+        ("--output-dir {tmp}/text.pth", "--output-dir: {tmp}/text.pth cannot be written"),
+        ("--output-dir /proc/run", "--output-dir: /proc/run cannot be written"),
     )),
     (train_seg, "--dataset cifar10", "--dataset cifar10 is for classification"),
     (eval_knn, "--dataset shapes_seg", "--dataset shapes_seg is for segmentation"),
@@ -54,7 +54,6 @@ def test_help_is_the_manual(script, capsys):
     (eval_linear, "--save-images 2", "are for segmentation, not for shapes"),
     *((module, flags, message) for module in (eval_linear, eval_knn) for flags, message in (
         ("--weights {tmp}/other.pth", "/other.pth does not fit (Error(s) in loading state_dict for VitTiny: "),
-        ("--weights none.pth", "--weights none.pth: no such file"),
         ("--output {tmp}/text.pth/result.json", "--output: {tmp}/text.pth cannot be written"),
     )),
 ], ids=lambda value: getattr(value, "__name__", None))  # fmt: skip
