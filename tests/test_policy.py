@@ -110,9 +110,8 @@ STATE = VitTiny().state_dict()
 @pytest.mark.parametrize(("content", "message"), [
     ({k: v for k, v in STATE.items() if k != "vit.class_token"}, r"does not fit .*vit\.class_token"),
     (STATE | {"vit.class_token": torch.full((1, 1, 96), torch.nan)}, r"vit\.class_token .* not finite"),
-    (STATE | {"vit.class_token": torch.zeros(1, 1, 7)}, "does not fit .*class_token.*1, 1, 7.*1, 1, 96"),
     ({"model": {"a": torch.zeros(1)}}, "does not hold a state dict"),
-], ids=["missing", "not finite", "shape", "nested"])  # fmt: skip
+], ids=["missing", "not finite", "nested"])  # fmt: skip
 def test_weights_that_do_not_fit_are_named(content, message, tmp_path):
     torch.save(content, file := tmp_path / "weights.pth")
     with pytest.raises(InputError, match=message) as error:
