@@ -93,8 +93,8 @@ def test_loss_statistics_and_gradient_equal_the_double_loop(options, more, c):
 
 def test_rewards_as_printed():
     q, target = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([1])
-    assert torch.equal(accuracy_reward(target, 3), torch.tensor([[0.0, 3.0, 0.0]]))  # Eq. (3)
-    assert torch.equal(uniformity_reward(q, target), -q)  # Eq. (4)
+    torch.testing.assert_close(accuracy_reward(target, 3), torch.tensor([[0.0, 3.0, 0.0]]))  # Eq. (3), float32
+    torch.testing.assert_close(uniformity_reward(q, target), -q)  # Eq. (4)
     torch.testing.assert_close(uniformity_reward(q, target, "eq5"), torch.tensor([[0.35 - 0.5, 0.3, 0.35 - 0.2]]))
 
 
