@@ -89,11 +89,26 @@ def test_loss_statistics_and_gradient_equal_the_double_loop(options, more, c):
     assert {name: stats[name].item() for name in expected_stats} == pytest.approx(expected_stats, abs=1e-12)
     torch.testing.assert_close(x.grad, y.grad, atol=1e-14, rtol=1e-12)
     assert old.grad is None  # nothing flows into the old policy
+    inputs = logits.requires_grad_(), old.detach(), targets
+    assert torch.autograd.gradcheck(lambda *x: grpo_rm_loss(*x, **options, **more)[0], inputs)  # finite differences
+
+
+def test_first_step_after_a_refresh():
+    """rho = 1 everywhere, the loss is 0, its gradient -A / (N c)."""
+    _, old, targets = random_case(n=20, c=10)
+    logits = old.clone().requires_grad_()
+    loss, stats = grpo_rm_loss(logits, old, targets)
+    loss.backward()
+    advantages = group_advantages(accuracy_reward(targets, 10) + uniformity_reward(old.softmax(1), targets))
+    assert (stats["max_ratio"], stats["clip_fraction"], stats["kl"]) == (1, 0, 0) and abs(loss) < 1e-14
+    torch.testing.assert_close(logits.grad, -advantages / 200)
 
 
 def test_rewards_as_printed():
     q, target = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([1])
     torch.testing.assert_close(accuracy_reward(target, 3), torch.tensor([[0.0, 3.0, 0.0]]))  # Eq. (3), float32
+    expected = torch.tensor([[-(0.5**0.5), 2**0.5, -(0.5**0.5)]])  # -1/sqrt(c - 1), sqrt(c - 1)
+    torch.testing.assert_close(group_advantages(accuracy_reward(target, 3)), expected)
     torch.testing.assert_close(uniformity_reward(q, target), -q)  # Eq. (4)
     torch.testing.assert_close(uniformity_reward(q, target, "eq5"), torch.tensor([[0.35 - 0.5, 0.3, 0.35 - 0.2]]))
 

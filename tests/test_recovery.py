@@ -91,12 +91,12 @@ def test_a_finished_run_is_left_as_it_is(whole, tmp_path, capsys):
     assert_same_runs(whole, tmp_path / "run")
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--lr", "1e-4"), ("--method", "finetune"), ("--train-fraction", "0.5")])
-def test_resume_refuses_other_settings(flag, value, whole, tmp_path, capsys):
+@pytest.mark.parametrize("flags", ["--lr 1e-4", "--method finetune", "--epochs 5", "--seed 5", "--train-fraction 0.5"])
+def test_resume_refuses_other_settings(flags, whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "run")
     before = {path.name: path.read_bytes() for path in whole.iterdir()}
-    error = stderr_of(capsys, train_cls.main, *RUN, flag, value, "--resume", "--output-dir", tmp_path / "run")
-    assert "--resume" in error and flag[2:] in error.replace("_", "-")
+    error = stderr_of(capsys, train_cls.main, *RUN, *flags.split(), "--resume", "--output-dir", tmp_path / "run")
+    assert "--resume" in error and flags.split()[0][2:] in error.replace("_", "-")
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 

@@ -234,16 +234,17 @@ def test_the_rates_of_a_run(method, warmup, tmp_path, before_steps):
     assert [line["lr"] for line in steps_of(tmp_path)] == expected
 
 
-@pytest.mark.parametrize("method", ["grpo_rm", "finetune"])
-def test_nothing_in_a_step_needs_a_number_of_the_device(method, monkeypatch):
+@pytest.mark.parametrize(("task", "method"), BOTH)
+def test_nothing_in_a_step_needs_a_number_of_the_device(task, method, monkeypatch):
     """On meta tensors, which have none: a step that asked for one would make the host wait."""
-    args = parse(train_seg, "--method", method, "--grad-accum", "2", "--max-grad-norm", "1")
+    script, head = (train_cls, ClassificationHead) if task == "cls" else (train_seg, SegmentationHead)
+    args = parse(script, "--method", method, "--grad-accum", "2", "--max-grad-norm", "1")
     monkeypatch.setitem(grpo_rm.VALUES_AT_ONCE, "meta", 2**20)
     monkeypatch.setattr(torch, "autocast", lambda *device, **options: contextlib.nullcontext())  # has none for meta
-    policy, old_policy = (Policy(load_backbone("vit_tiny"), SegmentationHead(96, 11)).to("meta") for _ in range(2))
+    policy, old_policy = (Policy(load_backbone("vit_tiny"), head(96, 11)).to("meta") for _ in range(2))
     old_policy = old_policy if method == "grpo_rm" else None
     images = torch.empty(8, 3, 28, 28, device="meta")
-    targets = torch.empty(8, 128, 128, dtype=torch.int64, device="meta")
+    targets = torch.empty(8, *((128, 128) if task == "seg" else ()), dtype=torch.int64, device="meta")
     optimizer, meter = torch.optim.Adam(policy.parameters(), fused=False), Meter()
     for _ in range(2):
         rest = policy.encoder, grpo_rm.make_loss(args), optimizer, images, targets, meter, args
