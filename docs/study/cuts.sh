@@ -4,8 +4,8 @@
 #   bash DIR/docs/study/cuts.sh
 #
 # tiny_a/ and tiny_b/: 100 classes each, 100 + 20 images of each class; tiny_ab/: both; cifar10/: 1,000 + 200 images of
-# each class; asymmetric0/ to 2/: 200 of them, 40 % of five classes in the folder of a class that looks like theirs. The
-# images are drawn at random.
+# each class; cat_dog/: two of its classes; asymmetric0/ to 2/: 200 images of each class, 40 % of five classes in the
+# folder of a class that looks like theirs. The images are drawn at random.
 set -euo pipefail
 
 half=a
@@ -31,6 +31,12 @@ for part, count in (("train", 1000), ("val", 200)):
         folder.mkdir(parents=True)
         for i in random.sample([i for i, k in enumerate(images.targets) if k == label], count):
             images[i][0].save(folder / f"{i:05d}.jpg", quality=95)
+
+for part in ("train", "val"):
+    for name in ("cat", "dog"):
+        link = pathlib.Path("cat_dog", part, name)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(pathlib.Path("cifar10", part, name).absolute())
 
 wrong = {"truck": "automobile", "bird": "airplane", "cat": "dog", "dog": "cat", "deer": "horse"}
 for seed in range(3):

@@ -18,9 +18,9 @@ job() { # job NAME DATASET FLAGS... --seed N: post-train and evaluate
             train="--epochs 40 --warmup-epochs 0 --grad-accum 4 --amp bf16" ;;
         ti16/*)
             data+=" --limit-train 4000 --image-size 64 $vit_tiny16" train="--epochs 60 --batch-size 512 --amp bf16" ;;
-        noise/* | noise4000/* | noise200/* | asymmetric/*)
-            [[ $name == noise/* ]] && data+=" --limit-train 2000"
-            [[ $name == noise[24]* ]] && data+=" --limit-train 4000"
+        noise/* | noise2/* | noise200/* | noise4000/* | asymmetric/*)
+            case $name in noise/* | noise2/*) data+=" --limit-train 2000" ;; esac
+            case $name in noise200/* | noise4000/*) data+=" --limit-train 4000" ;; esac
             [[ $name == asymmetric/* ]] && data=${data/asymmetric/asymmetric${!#}}
             data+=" --image-size 64 --amp bf16 $vit_tiny16" train="--batch-size 256 --eval-every 3" ;;
         camvid/*)
