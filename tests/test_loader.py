@@ -80,9 +80,8 @@ def test_too_little_shared_memory_is_one_line(monkeypatch):
     split = splits("shapes")[0]
     assert next(Loader(split, arguments(batch_size=100, workers=2), CPU).epoch(0))
     loader = Loader(split, arguments(batch_size=1024, workers=2), CPU)
-    with pytest.raises(
-        InputError, match=r"--workers 2: up to 0\.03 GB .* /dev/shm has 0\.02 GB; take fewer or 0, or give"
-    ):
+    message = r"--workers 2: up to 0\.03 GB .* /dev/shm has 0\.02 GB; take fewer or 0, or give"
+    with pytest.raises(InputError, match=message):
         next(loader.epoch(0))
 
 

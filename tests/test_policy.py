@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -95,13 +96,17 @@ def test_every_dinov2_name_asks_the_pinned_repository(name, monkeypatch):
     assert asked["source"] == "github" and asked["pretrained"] and asked["skip_validation"]
 
 
-def test_unknown_names(hub_repo):
+def test_what_cannot_be_loaded_from_a_hub(hub_repo, monkeypatch):
     for name, repo, reason in (
         ("resnet50", hub_repo, "resnet50 from"), ("resnet", hub_repo, "no forward_features"),
         ("vit_tiny", hub_repo, "vit_tiny is built in"), ("resnet", "no directory", "owner/repo"),
+        ("dinov2_vits15", None, "vits14_reg"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=reason):
             load_backbone(name, hub_repo=repo)
+    monkeypatch.setattr(torch.hub, "load", Mock(side_effect=OSError("unreachable\nsecond line")))
+    with pytest.raises(InputError, match=r"\(unreachable\); .*--hub-repo DIR .* and --weights FILE$"):
+        load_backbone("dinov2_vits14")
 
 
 STATE = VitTiny().state_dict()
@@ -110,8 +115,9 @@ STATE = VitTiny().state_dict()
 @pytest.mark.parametrize(("content", "message"), [
     ({k: v for k, v in STATE.items() if k != "vit.class_token"}, r"does not fit .*vit\.class_token"),
     (STATE | {"vit.class_token": torch.full((1, 1, 96), torch.nan)}, r"vit\.class_token .* not finite"),
+    (STATE | {"vit.class_token": torch.zeros(1, 1, 7)}, "does not fit .*class_token.*1, 1, 7.*1, 1, 96"),
     ({"model": {"a": torch.zeros(1)}}, "does not hold a state dict"),
-], ids=["missing", "not finite", "nested"])  # fmt: skip
+], ids=["missing", "not finite", "shape", "nested"])  # fmt: skip
 def test_weights_that_do_not_fit_are_named(content, message, tmp_path):
     torch.save(content, file := tmp_path / "weights.pth")
     with pytest.raises(InputError, match=message) as error:

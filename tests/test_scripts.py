@@ -40,6 +40,7 @@ def test_help_is_the_manual(script, capsys):
         ("--epochs 2.5", "--epochs: invalid whole number value: '2.5'"),
         ("--clip-eps 0", "argument --clip-eps: '0' must be a number above 0 and at most 1"),
         ("--ratio-floor -0.1", "argument --ratio-floor: '-0.1' must be a number at least 0"),
+        ("--label-noise 1.5", "argument --label-noise: '1.5' must be a number at least 0 and at most 1"),
         ("--train-fraction 1.5", "argument --train-fraction"), ("--seed 18446744073709551616", "argument --seed"),
         ("--epochs 1 --warmup-epochs 1", "--warmup-epochs 1 leaves nothing of --epochs 1"),
         ("--device cuda", "--device cuda: no CUDA device here"), ("--uniformity eq6", "invalid choice: 'eq6'"),
@@ -54,6 +55,7 @@ def test_help_is_the_manual(script, capsys):
     (eval_linear, "--save-images 2", "are for segmentation, not for shapes"),
     *((module, flags, message) for module in (eval_linear, eval_knn) for flags, message in (
         ("--weights {tmp}/other.pth", "/other.pth does not fit (Error(s) in loading state_dict for VitTiny: "),
+        ("--weights none.pth", "none.pth: no such file"), ("--image-size 43", "43 is no multiple of patch size 14"),
         ("--output {tmp}/text.pth/result.json", "--output: {tmp}/text.pth cannot be written"),
     )),
 ], ids=lambda value: getattr(value, "__name__", None))  # fmt: skip

@@ -42,10 +42,6 @@ def photos(tmp_path):
     return folder
 
 
-def run(*arguments):
-    predict.main([*map(str, arguments), "--device", "cpu"])
-
-
 @pytest.mark.parametrize(("name", "score"), [("cls", "val_accuracy"), ("seg", "val_pixel_acc")])
 def test_a_loaded_policy_scores_as_in_training(name, score, runs):
     """Its inputs are the loader's to the last bit, and its accuracy is what the run logged at its end."""
@@ -62,7 +58,7 @@ def test_a_loaded_policy_scores_as_in_training(name, score, runs):
 
 
 def test_classification_names_the_most_probable_class(runs, photos, capsys):
-    run(runs / "cls", photos, photos / "a.jpg")
+    predict.main([str(runs / "cls"), str(photos), str(photos / "a.jpg"), "--device", "cpu"])
     policy, transform, classes = load_policy(runs / "cls")
     with open(runs / "cls" / "predictions" / "predictions.csv", newline="") as file:
         header, *rows = csv.reader(file)
@@ -78,7 +74,7 @@ def test_classification_names_the_most_probable_class(runs, photos, capsys):
 
 def test_segmentation_draws_maps_at_the_size_of_the_image(runs, photos, tmp_path):
     output = tmp_path / "maps"
-    run(runs / "seg", photos, "--output", output)
+    predict.main([str(runs / "seg"), str(photos), "--output", str(output), "--device", "cpu"])
     policy, transform, _ = load_policy(runs / "seg")
     assert sorted(path.name for path in output.glob("*.png")) == ["a.png", "b, c.png"]
     for file in photos.glob("*.[jp]*"):

@@ -286,9 +286,6 @@ def test_another_optimizer_is_a_change_of_one_place(tmp_path, monkeypatch):
     assert changed and all("encoder.layers" in name for name in changed)
 
 
-# A run
-
-
 def test_what_a_run_leaves_behind(tmp_path, capsys):
     run(tmp_path)
     names = {"config.json", "log.jsonl", "checkpoint.pt", "backbone.pth", "head.pth"}
