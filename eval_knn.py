@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from common import cli, distributed
-from common.backbone import prepare_backbone
+from common.backbone import Encoder, prepare_backbone
 from common.checkpoint import make_directory
 from common.features import add_evaluation_arguments, class_tokens, percent, resolve_run, write_result
 from common.loader import Loader
 from data import PROTOCOLS, load_data, resolve_dataset
-from grpo_rm import Encoder
 
 
 def knn_predict(train_features, train_labels, test_features, *, num_classes, k=5, chunk=128):

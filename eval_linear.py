@@ -32,7 +32,7 @@ from PIL import Image
 from torch import nn
 
 from common import cli, distributed
-from common.backbone import prepare_backbone
+from common.backbone import Encoder, prepare_backbone
 from common.checkpoint import make_directory, write_atomically
 from common.distributed import progress
 from common.features import (
@@ -49,7 +49,7 @@ from common.features import (
 from common.images import palette_image
 from common.loader import LINEAR, Loader, random_generator
 from data import PROTOCOLS, load_data, resolve_dataset
-from grpo_rm import Encoder, learning_rate
+from grpo_rm import learning_rate
 
 SCALES = [1.0, 1.32, 1.73]  # of "Multi Scale": the default of the segmentation notebook in DINOv2's repository
 

@@ -19,18 +19,17 @@ map. p = softmax(logits) is the policy pi_theta, q = softmax(old_logits) the old
 import copy
 import functools
 import math
-import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from common.backbone import load_backbone, load_strictly
+from common.backbone import Encoder, load_backbone, load_strictly
 from common.checkpoint import Run, read_config
 from common.cli import InputError
+from common.distributed import all_reduce, data_parallel
 from common.images import input_transform
 
 VALUES_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}  # of a map: what fits a CPU's cache; few launches on a GPU
@@ -186,18 +185,6 @@ class SegmentationHead(ClassificationHead):
         return F.conv2d(x.relu_(), self[2].weight[:, :, None, None], self[2].bias)  # (B, G, M, M)
 
 
-class Encoder(nn.Module):
-    """images (B, 3, H, W) -> the backbone's tokens that the head classifies: what DDP wraps and --compile compiles."""
-
-    def __init__(self, backbone, token, amp):
-        super().__init__()
-        self.backbone, self.token, self.amp = backbone, token, amp
-
-    def forward(self, images):
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp == "bf16"):
-            return self.backbone.forward_features(images)[self.token]
-
-
 class Policy(nn.Module):
     """pi_theta: a backbone and a head, trained together (Algorithm 1, line 1). amp: "bf16" or "off"."""
 
@@ -257,36 +244,22 @@ def training_step(policy, old_policy, encoder, loss_function, optimizer, images,
     samples all weigh the same. `encoder` is policy.encoder, with several processes inside DDP, which averages its
     gradients over them."""
     total = (targets >= 0).sum()
-    world_size = 1
-    if dist.is_initialized():
-        dist.all_reduce(total)
-        world_size = dist.get_world_size()
+    all_reduce(total)
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
     # Averaging divides by the number of processes. In float64, because a batch of maps can have more than 2^24 samples.
     sample_weight = world_size / total.clamp(min=1).double()
     micro_batches = list(zip(images.chunk(args.grad_accum), targets.chunk(args.grad_accum), strict=True))
     for i, (x, y) in enumerate(micro_batches, 1):
-        if isinstance(encoder, DistributedDataParallel):  # it averages once, with the last of them
-            encoder.require_backward_grad_sync = i == len(micro_batches)
+        encoder.require_backward_grad_sync = i == len(micro_batches)  # DDP averages once, with the last of them
         accumulate_gradients(policy, old_policy, encoder, loss_function, x, y, sample_weight, meter)
-    if dist.is_initialized():  # DDP cannot average the head's gradients, which come from several backward passes
-        for parameter in policy.head.parameters():
-            if parameter.requires_grad:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= world_size
+    for parameter in policy.head.parameters():  # DDP cannot average these, which come from several backward passes
+        if parameter.grad is not None:
+            all_reduce(parameter.grad)
+            parameter.grad /= world_size
     norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf)
     optimizer.step()  # line 9
     policy.zero_grad()
     meter.add(1, {"grad_norm": norm, "finite": norm.isfinite(), "images": len(images)})
-
-
-def prepare_for_processes(policy):
-    """All processes start from the first one's weights. Returns the encoder, inside DDP unless it is frozen."""
-    for value in policy.state_dict().values():
-        dist.broadcast(value, 0)
-    if not any(parameter.requires_grad for parameter in policy.encoder.parameters()):
-        return policy.encoder
-    warnings.filterwarnings("ignore", message="Grad strides do not match")  # of parameters (1, 1, D): harmless
-    return DistributedDataParallel(policy.encoder)
 
 
 def train(policy, loader, validate, args, world):
@@ -310,8 +283,7 @@ def train(policy, loader, validate, args, world):
         policy.encoder.compile(dynamic=False)
         if old_policy:
             old_policy.encoder.compile(dynamic=False)
-    encoder = prepare_for_processes(policy) if dist.is_initialized() else policy.encoder
-
+    encoder = data_parallel(policy)
     steps_per_epoch, step = len(loader), run.step
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
     refresh_every = args.old_policy_every or steps_per_epoch

@@ -6,6 +6,7 @@ import sys
 import warnings
 
 import torch
+from torch import nn
 
 from common.checkpoint import load_tensors
 from common.cli import InputError, first_line
@@ -76,6 +77,18 @@ def load_strictly(module, path):
         raise InputError(f"weights file {path} does not fit ({reason}); check --backbone and --weights") from error
     if bad := [name for name, value in state.items() if not value.isfinite().all()]:
         raise InputError(f"weights file {path}: {bad[0]} has numbers that are not finite; take another")
+
+
+class Encoder(nn.Module):
+    """images (B, 3, H, W) -> the backbone's tokens that the head classifies: what DDP wraps and --compile compiles."""
+
+    def __init__(self, backbone, token, amp):
+        super().__init__()
+        self.backbone, self.token, self.amp = backbone, token, amp
+
+    def forward(self, images):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp == "bf16"):
+            return self.backbone.forward_features(images)[self.token]
 
 
 def prepare_backbone(args, world):

@@ -2,11 +2,13 @@
 
 import contextlib
 import os
+import warnings
 from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common.cli import InputError
@@ -62,6 +64,18 @@ def all_reduce(*tensors):
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
+
+
+def data_parallel(policy):
+    """policy.encoder; with several processes inside DDP, unless it is frozen, and all start from rank 0's weights."""
+    if not dist.is_initialized():
+        return policy.encoder
+    for value in policy.state_dict().values():
+        dist.broadcast(value, 0)
+    if not any(parameter.requires_grad for parameter in policy.encoder.parameters()):
+        return policy.encoder
+    warnings.filterwarnings("ignore", message="Grad strides do not match")  # of parameters (1, 1, D): harmless
+    return DistributedDataParallel(policy.encoder)
 
 
 def progress(items, label, world, total=None):

@@ -21,7 +21,7 @@ import eval_linear
 import train_cls
 import train_seg
 from common import features
-from common.backbone import load_backbone
+from common.backbone import Encoder, load_backbone
 from common.demo import SHAPES
 from common.features import PatchTokens, class_tokens
 from common.images import palette
@@ -29,7 +29,6 @@ from common.loader import VOID, Loader
 from data import load_splits
 from eval_knn import knn_predict
 from eval_linear import confusion_matrix, fit_softmax_regression, predict, segmentation_scores
-from grpo_rm import Encoder
 
 SHORT = ["--device", "cpu", "--workers", "1", "--epochs", "2", "--backbone", "vit_tiny"]
 SCENES = "--dataset shapes_seg --image-size 28 --map-size 8 --limit-train 40 --limit-val 40".split()

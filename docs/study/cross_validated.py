@@ -12,13 +12,12 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_predict
 
-from common.backbone import load_backbone
+from common.backbone import Encoder, load_backbone
 from common.checkpoint import read_config
 from common.distributed import start_processes
 from common.features import class_tokens
 from common.loader import Loader
 from data import load_data
-from grpo_rm import Encoder
 from tools.label_errors import report_on_replaced
 
 run, world = argparse.Namespace(**read_config(sys.argv[1])), start_processes("cpu")
