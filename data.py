@@ -68,12 +68,11 @@ def resolve_dataset(args, *tasks):
     """Sets args.task, data_root, image_size, crop_size, resize_size and resized_crop; returns the dataset's protocol.
     Raises InputError for a dataset that is unknown or not of one of the `tasks`."""
     if args.dataset not in DRAWN:
-        args.data_root = args.data_root or os.environ.get("GRPO_RM_DATA") or "datasets"
+        args.data_root = os.path.abspath(args.data_root or os.environ.get("GRPO_RM_DATA") or "datasets")
     elif args.data_root is not None:
         raise InputError(f"--data-root {args.data_root}: {args.dataset} is drawn and has no files; leave the flag out")
     args.task = next((task for task in PROTOCOLS if args.dataset in PROTOCOLS[task]), None)
     if args.dataset == "folder":
-        args.data_root = os.path.abspath(args.data_root)  # its directory is its name
         has_masks = os.path.isdir(os.path.join(args.data_root, "masks"))
         args.task = "segmentation" if has_masks else "classification"
     if args.task is None:
@@ -96,7 +95,7 @@ def resolve_dataset(args, *tasks):
 class Split:
     """One half of a set. read(i) gives sample i as pixels (H, W, 3) uint8 and its class or, with `masks`, its mask
     (H, W) uint8; it raises InputError naming the file that cannot be used. warnings: what the user should know of the
-    whole set. files: the images' files, where there are any."""
+    whole set. files: the images' files; where there are none None, in a subset the numbers in the whole set."""
 
     classes: list[str]
     count: int
@@ -110,8 +109,12 @@ class Split:
 
     def subset(self, indices):
         """The samples at `indices`, in that order."""
-        files = None if self.files is None else self.files[indices]
-        return dataclasses.replace(self, count=len(indices), read=lambda i: self.read(int(indices[i])), files=files)
+        files = np.arange(self.count) if self.files is None else self.files
+
+        def read(i):
+            return self.read(int(indices[i]))
+
+        return dataclasses.replace(self, count=len(indices), read=read, files=files[indices])
 
 
 def load_data(args, world):

@@ -22,7 +22,6 @@ Where this departs from the paper: for segmentation the paper trains the layer a
 """
 
 import math
-import shutil
 from pathlib import Path
 
 import torch
@@ -196,6 +195,13 @@ def save_images(directory, index, pixels, truth, prediction):
     palette_image(prediction).save(directory / f"{index:06d}_prediction.png")
 
 
+def remove_images(directory):
+    """Remove what save_images wrote, and nothing else."""
+    for file in directory.glob("[0-9]*_prediction.png"):
+        for kind in ("image", "truth", "prediction"):
+            file.with_name(file.name.replace("prediction", kind)).unlink(missing_ok=True)
+
+
 def evaluate_segmentation(args, world, path):
     """A linear layer on frozen patch tokens: writes pixel accuracy, IoU, mIoU and the IoU of every class."""
     train_split, val_split = load_data(args, world)
@@ -205,7 +211,7 @@ def evaluate_segmentation(args, world, path):
         raise cli.InputError(f"--backbone {args.backbone} has no get_intermediate_layers, which segmentation needs")
     images = path.with_name(f"{path.stem}_images")
     if world.rank == 0:
-        shutil.rmtree(images, ignore_errors=True)  # of an earlier evaluation
+        remove_images(images)  # of an earlier evaluation
     layers = 4 if args.features == "multiscale" else 1
     source = PatchTokens(backbone, Loader(train_split, args, world), layers, args.amp)
     segmenter = fit_segmenter(source, len(classes), args)

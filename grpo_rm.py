@@ -32,7 +32,7 @@ from common.cli import InputError
 from common.distributed import all_reduce, data_parallel
 from common.images import input_transform
 
-VALUES_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}  # of a map: what fits a CPU's cache; few launches on a GPU
+VALUES_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}  # in the widest tensor of head and loss: fits a CPU's cache; feeds a GPU
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Objective
@@ -223,11 +223,10 @@ def accumulate_gradients(policy, old_policy, encoder, loss_function, images, tar
     the gradient that they leave at the tokens then goes through the backbone at once.
     """
     chunk_size = max(1, VALUES_AT_ONCE[images.device.type] // policy.head.values_per_image)
+    old_tokens = old_policy.encoder(images).detach() if old_policy else None  # first: less memory with --compile
     tokens = encoder(images)  # (B, D) or (B, h*w, D)
     chunks = [x.requires_grad_() for x in tokens.detach().split(chunk_size)]
-    old_chunks = [None for _ in chunks]
-    if old_policy:
-        old_chunks = old_policy.encoder(images).detach().split(chunk_size)
+    old_chunks = old_tokens.split(chunk_size) if old_policy else [None for _ in chunks]
     for x, old_x, y in zip(chunks, old_chunks, targets.split(chunk_size), strict=True):
         old_logits = old_policy.head(old_x).detach() if old_policy else None  # line 5: pi_old(y|x)
         logits = policy.head(x)  # pi(y|x): (B, G) or (B, G, M, M)
@@ -274,7 +273,7 @@ def train(policy, loader, validate, args, world):
     old_policy = None
     if args.method == "grpo_rm":
         old_policy = copy.deepcopy(policy)
-        if not args.compile:  # code compiled without gradients rounds otherwise: q would not be p after a refresh
+        if not args.compile:  # compiled without gradients, it would round differently: q would not be p after a refresh
             old_policy.requires_grad_(False)
     optimizer, loss_function = make_optimizer(policy, args), make_loss(args)
     run = Run(args, world, len(loader), policy=policy, old_policy=old_policy, optimizer=optimizer)

@@ -10,7 +10,7 @@ eval_linear.py and eval_knn.py evaluate backbone.pth. The paper's Table 3 has, f
 regression) and 66.36 % (k-NN) after GRPO-RM, 58.67 % and 58.59 % after fine-tuning.
 
 Where this departs from the paper: --ratio-floor is 1 (the paper's: 0), because Eq. (1) as printed can blow up, and
---warmup-epochs 5 (the paper's: 0), because its first steps can destroy a pre-trained backbone.
+--warmup-epochs 5 (the paper's: 0), because without one the first steps can destroy a pre-trained backbone.
 """
 
 import torch

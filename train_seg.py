@@ -13,7 +13,7 @@ VOC 2012 and linear features, a pixel accuracy of 93.98 % and an mIoU of 70.44 %
 after fine-tuning.
 
 Where this departs from the paper: --ratio-floor is 1 (the paper's: 0), because Eq. (1) as printed can blow up, and
---warmup-epochs 5 (the paper's: 0), because its first steps can destroy a pre-trained backbone.
+--warmup-epochs 5 (the paper's: 0), because without one the first steps can destroy a pre-trained backbone.
 The paper's learning rate, 1e-5 at a batch of 256, hardly moves a new head: see --head-lr-factor.
 """
 

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from common.cli import InputError, RunError, dataset_name, first_line
 from common.distributed import Meter, in_turn, merge
 
-# A resumed run may have other values of these. Where it started from (hub_repo, weights) the checkpoint has fixed; the
-# others do not change what is learned. Those of the last line are no arguments.
+# A resumed run may have other values of these, and reports average over them: where training started from (hub_repo,
+# weights) the checkpoint has fixed; the others do not change what is learned or measured.
 MAY_DIFFER_ON_RESUME = {
     *("data_root", "download", "workers", "hub_repo", "weights", "device", "grad_accum", "compile"),
     *("output_dir", "resume", "checkpoint_minutes", "eval_every", "log_every", "max_steps", "save_images", "output"),
@@ -121,7 +121,8 @@ class Run:
         self.announce()
         bar = {"unit": "step", "leave": False, "disable": None if world.rank == 0 else True}
         self.bar = tqdm(total=self.total_steps, initial=self.step, **bar)
-        self.window_started = self.saved = time.monotonic()
+        self.window_started = time.monotonic()
+        self.saved = time.monotonic()
 
     def open(self):
         """On rank 0: lock the directory while this process lives, write config.json, cut the log. -> checkpoint"""
@@ -280,8 +281,9 @@ class Run:
             for name, module in (("head.pth", policy.head), ("backbone.pth", policy.encoder.backbone)):
                 state = {key: value.detach().cpu() for key, value in module.state_dict().items()}
                 write_atomically(self.directory / name, lambda file, state=state: torch.save(state, file))
-        if self.last_step < self.total_steps:
-            self.say(f"--max-steps: ended at step {self.last_step} of {self.total_steps}; backbone.pth is that of no "
+        step = max(self.step, self.last_step)
+        if step < self.total_steps:
+            self.say(f"--max-steps: ended at step {step} of {self.total_steps}; backbone.pth is that of no "
                      "whole run, --resume without --max-steps goes on", sys.stdout)  # fmt: skip
 
     def say(self, text, file=None):

@@ -76,7 +76,8 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
     """Shows the default of every flag that has one."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False, argparse.SUPPRESS) else f"{action.help} [%(default)s]"
+        has_none = action.default is None or action.default is False or action.default == argparse.SUPPRESS
+        return action.help if has_none else f"{action.help} [%(default)s]"
 
 
 def number(low, high=math.inf, *, above=False, kind=float):
@@ -108,7 +109,7 @@ def cores_per_rank():
 def add_data_arguments(parser, names):
     """Which images, and how they are prepared; `names` of datasets that the script serves, the default first."""
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", default=names[0], metavar="NAME", help=", ".join(names) + " (your own images)")
+    add("--dataset", default=names[0], metavar="NAME", help=", ".join(names) + "; folder: your own images")
     add("--data-root", metavar="DIR", help="where the datasets live; default: $GRPO_RM_DATA, else ./datasets")
     add("--download", action=argparse.BooleanOptionalAction, default=True, help="download a dataset that is missing")
     add("--image-size", type=whole(1), help="side in pixels, a multiple of the patch size; default: the dataset's")
@@ -124,7 +125,8 @@ def add_model_arguments(parser):
     add("--backbone", help="dinov2_vits14 (the paper's), dinov2_vitb14, ..., vit_tiny, or a model of --hub-repo")
     add("--hub-repo", help="owner/repo[:ref], or a local directory: code only, random weights without --weights")
     add("--weights", help="file with the backbone's state dict; every name and shape must match")
-    add("--seed", type=whole(0, 2**32 - 1), default=0, help="of weights, batches and augmentation; the paper has 5")
+    add("--seed", type=whole(0, 2**32 - 1), default=0,
+        help="of weights, batches and augmentation, in evaluations of the linear layer; the paper has 5")  # fmt: skip
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto is cuda where there is one")
     add("--amp", choices=["auto", "bf16", "off"], default="auto", help="mixed precision; auto: bf16 on a GPU that can")
 

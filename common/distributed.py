@@ -48,15 +48,14 @@ def start_processes(device="auto"):
 @contextlib.contextmanager
 def in_turn(world, what):
     """Rank 0, then the first rank of every other node, then all others: what is missing is downloaded once, whether the
-    nodes share a file system or not. They wait for the key `what` of the store, which no collective's time limit ends.
-    """
-    first_node, this_node = f"{what} on node 0", f"{what} on node {os.environ.get('GROUP_RANK', '0')}"
-    first_of_node = world.local_rank == 0
+    nodes share a file system or not. They wait for keys of the store, which no collective's time limit ends."""
+    done_on_node_0 = f"{what} on node 0"
+    done_on_own_node = f"{what} on node {os.environ.get('GROUP_RANK', '0')}"
     if world.rank > 0:
-        world.store.wait([first_node if first_of_node else this_node], timedelta(days=7))
+        world.store.wait([done_on_node_0 if world.local_rank == 0 else done_on_own_node], timedelta(days=7))
     yield
-    if first_of_node and world.size > 1:
-        world.store.set(this_node, "done")
+    if world.local_rank == 0 and world.size > 1:
+        world.store.set(done_on_own_node, "")
 
 
 def all_reduce(*tensors):

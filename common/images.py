@@ -57,7 +57,7 @@ def opened(kind, file):
     try:
         with Image.open(file) as image:
             yield image
-    except (OSError, EOFError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file makes decoders raise almost anything
         raise InputError(f"{kind} {file} cannot be read ({first_line(error)}); replace or remove it") from error
 
 
@@ -103,11 +103,6 @@ def random_crop(pixels, crop_size, seed):
         return crop(pixels.movedim(-1, 0))
 
 
-def stretch(pixels, side):
-    """A whole image as (3, side, side); the aspect ratio is not kept."""
-    return resize(pixels.movedim(-1, 0), side)
-
-
 def resize(images, side):
     """(..., 3, H, W) uint8 -> (..., 3, side, side) uint8: bicubic, antialiased; the aspect ratio is not kept."""
     return v2.functional.resize(images, [side, side], InterpolationMode.BICUBIC)
@@ -145,7 +140,7 @@ def input_transform(config):
     def transform(image):
         pixels = to_pixels(image) if isinstance(image, Image.Image) else image
         if config["task"] == "segmentation":
-            prepared = stretch(pixels, config["image_size"])
+            prepared = resize(pixels.movedim(-1, 0), config["image_size"])
         else:
             prepared = square(pixels, config["crop_size"], config["resize_size"])
         return to_input(prepared[None], config["image_size"])[0]

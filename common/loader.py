@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from common.cli import InputError
 from common.distributed import all_reduce, progress
-from common.images import pad_crop_flip, random_crop, resize_mask, square, stretch, to_input
+from common.images import pad_crop_flip, random_crop, resize, resize_mask, square, to_input
 
 VOID = 255  # in masks: a pixel that takes no part
 PIECE = 64  # images at most that a worker decodes at a time, so that a large batch is shared among the workers
@@ -36,7 +36,7 @@ def random_generator(purpose, *key):
 
 
 def memory_share(world, share):
-    """`share` of a GPU's memory, in bytes, of the smallest of all processes'; for a CPU 4 GiB, whatever it has."""
+    """Bytes: `share` of the memory of the smallest GPU of all processes; on a CPU always 4 GiB."""
     if world.device.type == "cpu":
         return 4 * 2**30
     total = torch.tensor(torch.cuda.get_device_properties(world.device).total_memory, device=world.device)
@@ -57,7 +57,7 @@ class Decoder:
         pixels, target = self.split.read(i)
         if self.split.masks:
             mask = resize_mask(torch.from_numpy(target), self.args.map_size)
-            return [*(stretch(pixels, side) for side in self.sides), mask]
+            return [*(resize(pixels.movedim(-1, 0), side) for side in self.sides), mask]
         if self.resized_crop:
             image = random_crop(pixels, self.args.crop_size, random_generator(CROP, *key, i).initial_seed())
         else:

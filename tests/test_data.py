@@ -1,6 +1,7 @@
 """Datasets, downloads, transforms, loaders: what is read, fetched and refused; batches are a function of the seed."""
 
 import argparse
+import os
 import shutil
 import time
 from functools import partial
@@ -207,11 +208,11 @@ def test_datasets_are_resolved(image_folder, mask_folder, monkeypatch):
     for dataset, task, root in (("stl10", CLASSIFICATION, "x"), ("voc2012", SEGMENTATION, "x"), *folders):
         args = arguments(dataset, root)
         assert resolve_dataset(args, *TASKS) == data.PROTOCOLS[task][dataset]
-        assert (args.task, args.data_root) == (task, root)
+        assert (args.task, args.data_root) == (task, os.path.abspath(root))
         with pytest.raises(InputError, match=f"--dataset {dataset} is .*{task}"):
             resolve_dataset(args, TASKS[task == CLASSIFICATION])
     for expected in ("datasets", "elsewhere"):
-        assert arguments("cifar10").data_root == expected
+        assert arguments("cifar10").data_root == os.path.abspath(expected)
         monkeypatch.setenv("GRPO_RM_DATA", "elsewhere")
     assert arguments("shapes").data_root is None
     with pytest.raises(InputError, match=r"--data-root x: shapes is drawn .*leave the flag out"):

@@ -308,8 +308,9 @@ def test_images_are_scored_at_the_size_of_their_masks(features, name, mask_folde
             assert image.mode == "P" and np.array_equal(image, labels)
     with Image.open(saved / "000003_image.png") as image:
         assert np.array_equal(image, split.read(3)[0])
-    eval_linear.main([*flags, "--save-images", "1"])  # leaves no picture of before
-    assert sorted(path.name for path in saved.iterdir()) == files[:3]
+    (saved / "000001_mine.png").touch()
+    eval_linear.main([*flags, "--save-images", "1"])  # leaves no picture of before, and what is not its own
+    assert sorted(path.name for path in saved.iterdir()) == [*files[:3], "000001_mine.png"]
 
 
 def test_palette_is_vocs():

@@ -136,6 +136,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, capsys):
 def test_a_damaged_checkpoint_is_one_line(tmp_path, capsys):
     train_cls.main([*RUN, "--max-steps", "2", "--output-dir", str(tmp_path)])
     assert "--max-steps: ended at step 2 of 20" in capsys.readouterr().out
+    train_cls.main([*RUN, "--max-steps", "1", "--output-dir", str(tmp_path), "--resume"])
+    assert "--max-steps: ended at step 2 of 20" in capsys.readouterr().out
     checkpoint = tmp_path / "checkpoint.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
     log = (tmp_path / "log.jsonl").read_bytes()

@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import re
 from pathlib import Path
 
 import numpy as np
@@ -110,19 +109,19 @@ def label_table(directory):
         return list(csv.DictReader(file))
 
 
-def test_the_least_probable_labels_come_first(runs, tmp_path, capsys):
+def test_the_least_probable_labels_come_first(runs, tmp_path):
     label_errors.main([str(runs / "cls"), "--device", "cpu", "--top", "12", "--output", str(tmp_path)])
     rows = label_table(tmp_path)
-    assert sorted(int(row["file"]) for row in rows) == list(range(40))
+    chosen = np.linspace(0, 4999, 40).round().astype(int)  # by --limit-train
+    assert sorted(int(row["file"]) for row in rows) == chosen.tolist()
     probabilities = [float(row["label_probability"]) for row in rows]
     assert probabilities == sorted(probabilities) and probabilities[0] < probabilities[-1]
     with Image.open(tmp_path / "label_errors.png") as sheet:
         assert sheet.size == (1920, round(2 * 2.1 * 120))  # two lines of pictures
 
     policy, transform, classes = load_policy(runs / "cls")
-    full = data.load_splits("shapes", None, "classification", download=False)[0]
-    split = data.limit(full, 40)
-    shifts = data.label_shifts(5000, 10, 0.4, seed=0)[np.linspace(0, 4999, 40).round().astype(int)]
+    split = data.load_splits("shapes", None, "classification", download=False)[0]
+    shifts = data.label_shifts(5000, 10, 0.4, seed=0)
     for row in (rows[0], rows[20], rows[39]):
         image, true_label = split.read(index := int(row["file"]))
         with torch.no_grad():
@@ -132,17 +131,6 @@ def test_the_least_probable_labels_come_first(runs, tmp_path, capsys):
         expected = [p[label].item(), p.max().item()]
         assert np.allclose([float(row["label_probability"]), float(row["prediction_probability"])], expected, atol=1e-3)
 
-    replaced = np.array([shifts[int(row["file"])] != 0 for row in rows])
-    doubts = np.array([-float(row["label_probability"]) for row in rows])
-    pairs = doubts[replaced][:, None] - doubts[~replaced]
-    auroc = ((pairs > 0) + 0.5 * (pairs == 0)).mean()
-    shown = capsys.readouterr().out
-    count = replaced.sum()
-    found = 100 * replaced[:count].mean()
-    assert f"{count} labels were replaced" in shown
-    assert float(re.search(r"AUROC ([0-9.]+)", shown)[1]) == pytest.approx(auroc, abs=2e-3)
-    assert f"among the first {count} of the list {found:.1f} %" in shown
-
 
 def test_own_images_are_named_and_a_run_of_segmentation_is_refused(runs, image_folder, tmp_path, capsys):
     own = [*TRAIN, "--dataset", "folder", "--data-root", str(image_folder), "--backbone", "vit_tiny"]
@@ -151,5 +139,7 @@ def test_own_images_are_named_and_a_run_of_segmentation_is_refused(runs, image_f
     rows = label_table(tmp_path / "own" / "label_errors")
     assert len({Path(row["file"]) for row in rows}.intersection(image_folder.glob("train/*/*"))) == 12
     assert all(Path(row["file"]).parent.name == row["label"] for row in rows)
-    assert "replaced" not in capsys.readouterr().out
+    for part in ("train", "val"):
+        (image_folder / part / "class0").rename(image_folder / part / "zebra")
+    assert "has other class folders" in stderr_of(capsys, label_errors.main, tmp_path / "own")
     assert "is a run of segmentation" in stderr_of(capsys, label_errors.main, runs / "seg")

@@ -5,8 +5,7 @@
 
 Writes label_errors.csv to --output, by default RUN_DIR/label_errors: file (or index), label and its probability under
 the policy, prediction and its probability, the least probable label first; and label_errors.png, the first --top of
-them as pictures. The policy has trained on these labels, so one that it has learnt by heart is not found. Where the run
-itself replaced labels (--label-noise) the tool prints how well they were found and how many were learnt by heart.
+them as pictures. The policy has trained on these labels, so one that it has learnt by heart is not found.
 """
 
 import argparse
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import torch
 from matplotlib import pyplot as plt
-from scipy import stats
 
 from common import cli, distributed
 from common.checkpoint import make_directory, read_config
@@ -35,21 +33,6 @@ def believe(policy, loader):
     return torch.cat(probabilities), torch.cat(labels)
 
 
-def report_on_replaced(doubt, predictions, labels, true_labels):
-    """Print what is known where the run replaced labels: how well `doubt` (n,), 1 - p(label), tells them from the
-    others, and what the policy predicts for both."""
-    replaced = labels != true_labels
-    count = int(replaced.sum())
-    repeats = (predictions == labels).double()
-    suspects = doubt.argsort(descending=True)[:count]
-    pairs = count * (len(labels) - count)
-    auroc = stats.mannwhitneyu(doubt[replaced], doubt[~replaced]).statistic / pairs
-    print(f"{count} labels were replaced: AUROC {auroc:.3f}, among the first {count} of the list "
-          f"{100 * replaced[suspects].double().mean():.1f} %")  # fmt: skip
-    print(f"the policy predicts {100 * repeats[replaced].mean():.1f} % of the replaced labels and "
-          f"{100 * repeats[~replaced].mean():.1f} % of the others")  # fmt: skip
-
-
 def draw_sheet(pictures, rows, path):
     """The pictures, ten in a line, each with its row of the table: label and prediction, with their probabilities."""
     lines = math.ceil(len(pictures) / 10)
@@ -57,9 +40,9 @@ def draw_sheet(pictures, rows, path):
     for axis in axes.flat:
         axis.axis("off")
     shown = zip(axes.flat[: len(pictures)], pictures, rows, strict=True)
-    for axis, picture, (_, label, p, prediction, q) in shown:
+    for axis, picture, (_, label, p_label, prediction, p_prediction) in shown:
         axis.imshow(picture.numpy())
-        axis.set_title(f"{label} {p}\n-> {prediction} {q}", fontsize=8)
+        axis.set_title(f"{label} {p_label}\n-> {prediction} {p_prediction}", fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -83,6 +66,8 @@ def main(argv=None):
     output = args.output or args.run_dir / "label_errors"
     make_directory(output, "--output")
     split, _ = load_data(run, world)
+    if split.classes != classes:
+        raise cli.InputError(f"{run.data_root} has other class folders than {args.run_dir} was trained on; undo that")
     probabilities, labels = believe(policy.to(world.device), Loader(split, run, world))
     best, predictions = probabilities.max(1)
     of_label = probabilities.gather(1, labels[:, None])[:, 0]
@@ -99,11 +84,6 @@ def main(argv=None):
     pictures = [split.read(i)[0] for i in order[: args.top]]
     draw_sheet(pictures, rows[: args.top], output / "label_errors.png")
     print(f"{len(rows)} labels, the least probable first -> {output}")
-    if run.label_noise:
-        run.label_noise = 0
-        clean, _ = load_data(run, world)
-        true_labels = torch.tensor([clean.read(index)[1] for index in range(len(clean))])
-        report_on_replaced(1 - of_label, predictions, labels, true_labels)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ class Results:
         if self.dataset == "folder":  # own data are called by their directory
             self.title = Path(next(iter(self.files.values()))["data_root"]).name
         self.data = self.dataset, self.title, self.task
-        self.row = self.name = row_of(self.method, self.config)
+        self.row = row_of(self.method, self.config)
+        self.name = self.row  # add_labels says more where it must
         self.settings = settings_of(self.files)
         self.epochs = []
         if (directory / "log.jsonl").exists():

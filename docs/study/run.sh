@@ -44,6 +44,7 @@ job() { # job NAME DATASET FLAGS... --seed N: post-train and evaluate
     fi
     if [[ $name == noise*/0.* ]]; then
         python -m tools.label_errors "$run" || return
+        PYTHONPATH=. python docs/study/replaced.py "$run" || return
     fi
     if [[ $name == camvid_random/* ]]; then
         python eval_linear.py $data $weights $segmenter --features multiscale \
