@@ -134,24 +134,15 @@ def fit_segmenter(source, num_classes, args):
         for step, (features, masks) in enumerate(source.batches(batches), epoch * steps_per_epoch):
             rate = learning_rate(step, args.epochs * steps_per_epoch, 0, args.lr, args.lr_end)
             optimizer.param_groups[0]["lr"] = rate
+            maps = F.interpolate(segmenter(features), size=masks.shape[1:], mode="bilinear")  # (B, C, M, M)
+            loss = F.cross_entropy(maps, masks, reduction="sum") / (masks >= 0).sum().clamp(min=1)  # not void: -100
             optimizer.zero_grad()
-            backward_of_cross_entropy(segmenter(features), masks)
+            loss.backward()
             optimizer.step()
     if dist.is_initialized():
         for value in segmenter.state_dict().values():
             dist.broadcast(value, 0)
     return segmenter.eval()
-
-
-def backward_of_cross_entropy(logits, masks):
-    """The backward pass of the mean cross-entropy of logits (B, C, h, w), upsampled, over the pixels of masks (B, M, M)
-    that are not void (-100). A chunk at a time: the (C, M, M) maps of all images are never there at once."""
-    count = (masks >= 0).sum().clamp(min=1)
-    leaf = logits.detach().requires_grad_()
-    for part, mask in zip(leaf.split(CHUNK), masks.split(CHUNK), strict=True):
-        maps = F.interpolate(part, size=mask.shape[1:], mode="bilinear")
-        (F.cross_entropy(maps, mask, reduction="sum") / count).backward()
-    logits.backward(leaf.grad)
 
 
 def predict(logits, size):

@@ -244,18 +244,6 @@ def test_tokens_are_kept_in_the_precision_of_amp():
     assert torch.equal(masks, same_masks) and (masks == -100).any() and torch.allclose(features, exact, atol=0.05)
 
 
-def test_the_gradient_of_the_layer_is_that_of_the_whole_batch(monkeypatch):
-    """Upsampled and scored a chunk at a time, with void pixels, against one plain cross-entropy, in float64."""
-    monkeypatch.setattr(eval_linear, "CHUNK", 2)
-    logits, copy = (torch.randn(5, 4, 3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    copy.data = logits.detach().clone()
-    masks = torch.randint(0, 4, (5, 9, 9))
-    masks[:, :2] = masks[3] = -100
-    eval_linear.backward_of_cross_entropy(logits, masks)
-    F.cross_entropy(F.interpolate(copy, size=(9, 9), mode="bilinear"), masks).backward()
-    torch.testing.assert_close(logits.grad, copy.grad, rtol=1e-12, atol=1e-15)
-
-
 def test_predict_averages_probabilities():
     torch.manual_seed(0)
     logits = [3 * torch.randn(5, side, side) for side in (4, 5, 7)]
