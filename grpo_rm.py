@@ -223,7 +223,7 @@ def accumulate_gradients(policy, old_policy, encoder, loss_function, images, tar
     the gradient that they leave at the tokens then goes through the backbone at once.
     """
     chunk_size = max(1, VALUES_AT_ONCE[images.device.type] // policy.head.values_per_image)
-    old_tokens = old_policy.encoder(images).detach() if old_policy else None  # first: less memory with --compile
+    old_tokens = old_policy.encoder(images).detach() if old_policy else None  # first: one graph at a time
     tokens = encoder(images)  # (B, D) or (B, h*w, D)
     chunks = [x.requires_grad_() for x in tokens.detach().split(chunk_size)]
     old_chunks = old_tokens.split(chunk_size) if old_policy else [None for _ in chunks]
@@ -270,11 +270,8 @@ def train(policy, loader, validate, args, world):
     checkpoint.pt, head.pth and backbone.pth in args.output_dir. Raises InputError and RunError.
     """
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs for what is not bf16
-    old_policy = None
-    if args.method == "grpo_rm":
-        old_policy = copy.deepcopy(policy)
-        if not args.compile:  # compiled without gradients, it would round differently: q would not be p after a refresh
-            old_policy.requires_grad_(False)
+    # It keeps requires_grad: without, other kernels might run and round differently, and q not be p after a refresh.
+    old_policy = copy.deepcopy(policy) if args.method == "grpo_rm" else None
     optimizer, loss_function = make_optimizer(policy, args), make_loss(args)
     run = Run(args, world, len(loader), policy=policy, old_policy=old_policy, optimizer=optimizer)
     if args.compile:

@@ -94,8 +94,8 @@ def environment(world):
 class Run:
     """A run's directory. Rank 0 writes; all ranks call every method at the same steps. `parts`: modules and optimizer,
     whose state makes up a checkpoint, or None. With args.resume they are restored, and log lines from after the
-    checkpoint are dropped: they come again. SIGTERM, SIGUSR1 and Ctrl-C, to any rank, save the run at the next log line
-    and end it."""
+    checkpoint are dropped: they come again. SIGTERM, SIGUSR1, SIGHUP and Ctrl-C, to any rank, save the run at the next
+    log line and end it."""
 
     def __init__(self, args, world, steps_per_epoch, **parts):
         self.args, self.world, self.steps_per_epoch = args, world, steps_per_epoch
@@ -116,7 +116,10 @@ class Run:
             for name, part in self.parts.items():
                 part.load_state_dict(state[0][name])
             self.step, self.epoch = state[0]["step"], state[0]["epoch"]
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             signal.signal(number, self.on_signal)
         self.announce()
         bar = {"unit": "step", "leave": False, "disable": None if world.rank == 0 else True}

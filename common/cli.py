@@ -58,6 +58,9 @@ def end(status, message):
         time.sleep(5)
     rank = f" [rank {os.environ['RANK']}]" if os.environ.get("RANK", "0") != "0" else ""
     print(f"{Path(sys.argv[0]).name}:{rank} {message}", file=sys.stderr, flush=True)
+    if dist.is_initialized():  # taking NCCL's group apart would warn, and can wait for the other ranks
+        sys.stdout.flush()
+        os._exit(status)
     raise SystemExit(status) from None
 
 

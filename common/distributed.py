@@ -48,14 +48,23 @@ def start_processes(device="auto"):
 @contextlib.contextmanager
 def in_turn(world, what):
     """Rank 0, then the first rank of every other node, then all others: what is missing is downloaded once, whether the
-    nodes share a file system or not. They wait for keys of the store, which no collective's time limit ends."""
-    done_on_node_0 = f"{what} on node 0"
-    done_on_own_node = f"{what} on node {os.environ.get('GROUP_RANK', '0')}"
+    nodes share a file system or not. They wait for keys of the store, which no collective's time limit ends, and go on
+    when every node is through."""
+    if world.size == 1:
+        yield
+        return
+    node, nodes = int(os.environ.get("GROUP_RANK", 0)), int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    first_of_node, limit = world.local_rank == 0, timedelta(days=7)
     if world.rank > 0:
-        world.store.wait([done_on_node_0 if world.local_rank == 0 else done_on_own_node], timedelta(days=7))
-    yield
-    if world.local_rank == 0 and world.size > 1:
-        world.store.set(done_on_own_node, "")
+        world.store.wait([f"node {0 if first_of_node else node} has {what}"], limit)
+    try:
+        yield
+        if first_of_node:
+            world.store.set(f"node {node} has {what}", "")
+    finally:  # after an error, too, which ends this process: the other nodes would wait for days
+        if first_of_node:
+            world.store.set(f"node {node} is through with {what}", "")
+    world.store.wait([f"node {i} is through with {what}" for i in range(nodes)], limit)
 
 
 def all_reduce(*tensors):

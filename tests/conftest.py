@@ -32,9 +32,10 @@ MEASURED = ("images_per_s", "seconds", "peak_memory_gb")  # in log.jsonl: they d
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch):
     """No test sees a data root or a torchrun of the surroundings, or leaves signal handlers behind."""
-    for name in ("GRPO_RM_DATA", "RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK"):
+    for name in ("GRPO_RM_DATA", "RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    numbers = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP
+    handlers = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -75,7 +75,7 @@ def test_knn_tie_goes_to_the_nearer_class():
 
 
 def test_softmax_regression_finds_the_optimum():
-    """Against full-batch L-BFGS on the same convex problem."""
+    """The problem is convex: where the gradient is zero."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(300, 3, generator=generator)
     targets = (features @ torch.randn(3, 4, generator=generator)).argmax(1)
@@ -83,17 +83,8 @@ def test_softmax_regression_finds_the_optimum():
     targets = torch.where(torch.rand(300, generator=generator) < 0.3, noise, targets)
     args = recipe(epochs=200, batch_size=300, lr=0.1, lr_end=1e-4)
     layer, again = (fit_softmax_regression(features, targets, 4, args) for _ in range(2))
-    best = torch.nn.Linear(3, 4)
-    optimizer = torch.optim.LBFGS(best.parameters(), max_iter=500, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(best(features), targets)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    assert F.cross_entropy(layer(features), targets).item() == pytest.approx(closure().item(), abs=1e-5)
+    gradients = torch.autograd.grad(F.cross_entropy(layer(features), targets), list(layer.parameters()))
+    assert max(gradient.abs().max() for gradient in gradients) < 1e-4
     assert torch.equal(layer.weight, again.weight)
 
 

@@ -59,7 +59,7 @@ def make_step(task, amp, compiled):
     split, _ = data.load_data(args, WORLD)
     head = ClassificationHead(96, 10) if task == "cls" else SegmentationHead(96, 11, 64, args.map_size)
     policy = Policy(grpo_rm.load_backbone("vit_tiny"), head, args.amp).to("cuda")
-    old_policy = copy.deepcopy(policy).requires_grad_(args.compile)
+    old_policy = copy.deepcopy(policy)
     with torch.no_grad():
         for parameter in old_policy.parameters():
             parameter.mul_(1.1)

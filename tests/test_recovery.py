@@ -1,5 +1,6 @@
 """What happens when things break: stops, signals, kills, two runs in one place, other settings, full disks."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import resource
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 import train_cls
 import train_seg
+from common.cli import InputError
+from common.distributed import in_turn
 
 RUN = [*TINY, "--batch-size", "20", "--epochs", "4", "--log-every", "2"]  # 5 steps an epoch
 RUN += ["--lr", "1e-3", "--warmup-epochs", "3"]  # so long that no accuracy near chance is warned of
@@ -150,10 +154,11 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("number", "step", "saved"), [
-    (signal.SIGTERM, 7, 8), (signal.SIGUSR1, 10, 10), (signal.SIGINT, 1, 2), (signal.SIGTERM, 20, 20),
-], ids=["SIGTERM in an epoch", "SIGUSR1 at its last step", "SIGINT at the first", "SIGTERM at the end"])  # fmt: skip
+    (signal.SIGTERM, 7, 8), (signal.SIGHUP, 10, 10), (signal.SIGINT, 1, 2), (signal.SIGTERM, 20, 20),
+], ids=["SIGTERM in an epoch", "SIGHUP at its last step", "SIGINT at the first", "SIGTERM at the end"])  # fmt: skip
 def test_a_run_that_a_signal_stops_goes_on_exactly(number, step, saved, whole, tmp_path, capsys, before_steps):
     """It is saved at the next line of the log."""
+    signal.signal(number, signal.SIG_DFL)  # also where the tests run under nohup
     before_steps(lambda at, *_: os.kill(os.getpid(), number) if at == step else None)
     message = stderr_of(capsys, train_cls.main, *RUN, "--output-dir", tmp_path, status=128 + number)
     assert f"{number.name}: saved at step {saved}" in message and step_of(tmp_path) == saved
@@ -172,6 +177,24 @@ def wait_for_log(directory, process, lines=3, seconds=120):
 
 def train_whole(world, directory):
     train_cls.main.__wrapped__([*LONG, directory])
+
+
+def two_nodes(world, directory, fails):
+    os.environ |= {"GROUP_RANK": str(world.rank), "GROUP_WORLD_SIZE": "2"}
+    with contextlib.suppress(InputError), in_turn(world._replace(local_rank=0), "data"):
+        if world.rank == 1:
+            time.sleep(1)  # a long download
+            assert not Path(directory, "left").exists()
+            if fails:
+                raise InputError("no room")
+    Path(directory, "left").touch()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_node_goes_on_before_the_others(fails, tmp_path):
+    """Else it would wait in a collective, whose time is limited. An error on one node lets the other go."""
+    in_processes(two_nodes, 2, str(tmp_path), fails)
+    assert (tmp_path / "left").exists()
 
 
 def test_processes_that_are_stopped_and_killed(tmp_path, capsys):

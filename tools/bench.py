@@ -84,7 +84,7 @@ def measure_steps(dataset, args, device, images_per_s):
         policy.encoder.compile(dynamic=False, disable=not args.compile)
         old_policy = None
         if method == "grpo_rm":
-            old_policy = copy.deepcopy(policy).requires_grad_(args.compile)  # as in train
+            old_policy = copy.deepcopy(policy)
             old_policy.encoder.compile(dynamic=False, disable=not args.compile)
         parts = policy, old_policy, policy.encoder, make_loss(options), make_optimizer(policy, options)
         runs[method] = functools.partial(training_step, *parts, images, targets, Meter(), options)
