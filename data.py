@@ -95,7 +95,7 @@ def resolve_dataset(args, *tasks):
 class Split:
     """One half of a set. read(i) gives sample i as pixels (H, W, 3) uint8 and its class or, with `masks`, its mask
     (H, W) uint8; it raises InputError naming the file that cannot be used. warnings: what the user should know of the
-    whole set. files: the images' files; where there are none None, in a subset the numbers in the whole set."""
+    whole set. files: the images' files, where there are any; of a subset its names."""
 
     classes: list[str]
     count: int
@@ -107,14 +107,18 @@ class Split:
     def __len__(self):
         return self.count
 
+    @property
+    def names(self):
+        """What a sample is called, (count,): its file, or its number in the whole set."""
+        return np.arange(self.count) if self.files is None else self.files
+
     def subset(self, indices):
         """The samples at `indices`, in that order."""
-        files = np.arange(self.count) if self.files is None else self.files
 
         def read(i):
             return self.read(int(indices[i]))
 
-        return dataclasses.replace(self, count=len(indices), read=read, files=files[indices])
+        return dataclasses.replace(self, count=len(indices), read=read, files=self.names[indices])
 
 
 def load_data(args, world):

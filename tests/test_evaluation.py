@@ -299,8 +299,6 @@ def test_palette_is_vocs():
     assert len({*map(tuple, colours)}) == 256
 
 
-# Processes
-
 STAGES = {
     "knn": (eval_knn, TINY),
     "linear": (eval_linear, [*TINY, "--epochs", "5"]),

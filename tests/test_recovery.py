@@ -46,9 +46,6 @@ def whole(tmp_path_factory):
     return directory
 
 
-# Resuming in the same process
-
-
 @pytest.mark.parametrize(("script", "flags"), [
     (train_cls, RUN),
     (train_cls, [*RUN, "--old-policy-every", "7"]),
@@ -148,9 +145,6 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, capsys):
     error = stderr_of(capsys, train_cls.main, *RUN, "--resume", "--output-dir", tmp_path)
     assert f"{checkpoint} cannot be loaded" in error and "delete it and backbone.pth" in error
     assert (tmp_path / "log.jsonl").read_bytes() == log
-
-
-# Signals and kills
 
 
 @pytest.mark.parametrize(("number", "step", "saved"), [

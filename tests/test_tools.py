@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,15 @@ def test_the_least_probable_labels_come_first(runs, tmp_path):
         assert (row["label"], row["prediction"]) == (classes[label], classes[p.argmax()])
         expected = [p[label].item(), p.max().item()]
         assert np.allclose([float(row["label_probability"]), float(row["prediction_probability"])], expected, atol=1e-3)
+
+
+def test_replaced_labels_that_were_found_are_counted(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "docs" / "study")
+    predictions, labels, truth = torch.tensor([[0, 1, 2, 0], [0, 1, 2, 3], [1, 1, 2, 0]])
+    importlib.import_module("replaced").print_found(torch.tensor([0.9, 0.8, 0.3, 0.1]), predictions, labels, truth)
+    found, repeated = capsys.readouterr().out.splitlines()
+    assert found == "2 labels were replaced: AUROC 0.500, among the first 2 of the list 50.0 %"
+    assert repeated == "the policy predicts 50.0 % of the replaced labels and 100.0 % of the others"
 
 
 def test_own_images_are_named_and_a_run_of_segmentation_is_refused(runs, image_folder, tmp_path, capsys):

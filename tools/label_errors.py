@@ -74,9 +74,8 @@ def main(argv=None):
     order = of_label.argsort(stable=True).tolist()
     rows = []
     for i in order:
-        name = i if split.files is None else split.files[i]
         label, prediction = classes[labels[i]], classes[predictions[i]]
-        rows.append([name, label, f"{of_label[i]:.4f}", prediction, f"{best[i]:.4f}"])
+        rows.append([split.names[i], label, f"{of_label[i]:.4f}", prediction, f"{best[i]:.4f}"])
     with open(output / "label_errors.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["file", "label", "label_probability", "prediction", "prediction_probability"])

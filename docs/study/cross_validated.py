@@ -29,4 +29,4 @@ features = torch.nn.functional.normalize(features)  # without: AUROC 0.76 where 
 p = torch.from_numpy(cross_val_predict(classifier, features, labels, cv=5, method="predict_proba"))
 doubt = 1 - p.gather(1, labels[:, None])[:, 0]
 truth = true_labels(run, world)
-print_found(doubt, p.argmax(1), labels, torch.tensor([truth[str(name)] for name in split.files]))
+print_found(doubt, p.argmax(1), labels, torch.tensor([truth[str(name)] for name in split.names]))

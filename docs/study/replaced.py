@@ -21,8 +21,7 @@ def true_labels(run, world):
     """{file, or index, as text: class} of the training set of `run`, a run's config.json, without its label noise."""
     run = argparse.Namespace(**vars(run) | {"label_noise": 0})
     split, _ = load_data(run, world)
-    names = range(len(split)) if split.files is None else split.files
-    return {str(name): split.read(i)[1] for i, name in enumerate(names)}
+    return {str(name): split.read(i)[1] for i, name in enumerate(split.names)}
 
 
 def print_found(doubt, predictions, labels, truth):
