@@ -64,8 +64,7 @@ def write_layer(path, layer):
     write_atomically(layer_path(path), lambda file: torch.save(state, file))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Classification
+# Classification -------------------------------------------------------------------------------------------------------
 
 
 def fit_softmax_regression(features, targets, num_classes, args):
@@ -112,8 +111,7 @@ def evaluate_classification(args, world, path):
     write_result(path, args, result, f"top-1 {top1:.2f} % of {len(val_split)} images (softmax regression)")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Segmentation
+# Segmentation ---------------------------------------------------------------------------------------------------------
 
 
 def fit_segmenter(source, num_classes, args):
@@ -221,7 +219,7 @@ def evaluate_segmentation(args, world, path):
         print(f"  {name:24s} {'absent' if iou is None else f'{iou:6.2f} %'}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# Command line ---------------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv):

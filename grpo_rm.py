@@ -1,5 +1,4 @@
-"""GRPO-RM: Algorithm 1 of "Fine-Tuning Representation Models via GRPO-Driven Reinforcement Learning" (arXiv
-2511.15256).
+"""Algorithm 1 of "GRPO-RM: Fine-Tuning Representation Models via GRPO-Driven Reinforcement Learning" (arXiv 2511.15256)
 
 What differs from GRPO for language models:
 1. The group is exact: its outputs are the c classes, all of them; nothing is sampled.
@@ -34,8 +33,7 @@ from common.images import input_transform
 
 VALUES_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}  # in the widest tensor of head and loss: fits a CPU's cache; feeds a GPU
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Objective
+# Objective ------------------------------------------------------------------------------------------------------------
 
 
 def accuracy_reward(targets, num_outputs):
@@ -104,9 +102,8 @@ def grpo_rm_loss(
 
     r_acc = accuracy_reward(k, G).to(q.dtype)
     r_uni = uniformity_reward(q, k, uniformity)
-    background = torch.arange(G, device=q.device) == 0  # (G,)
-    penalty = background_penalty * G * background.to(q.dtype)
-    rewards = accuracy_weight * r_acc + uniformity_weight * r_uni - penalty  # Eq. (6)
+    rewards = accuracy_weight * r_acc + uniformity_weight * r_uni  # Eq. (6)
+    rewards[:, 0] -= background_penalty * G  # class 0 is the background
     advantages = group_advantages(rewards)  # (N, G)
     if ratio_floor:
         ratio = p / (q + ratio_floor / G)  # rho (N, G)
@@ -148,8 +145,7 @@ def make_loss(args):
     return functools.partial(loss_function, **options)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Policy
+# Policy ---------------------------------------------------------------------------------------------------------------
 
 
 class ClassificationHead(nn.Sequential):
@@ -167,8 +163,7 @@ class ClassificationHead(nn.Sequential):
 
 class SegmentationHead(ClassificationHead):
     """The same for every pixel of the patch tokens, upsampled to M x M: (B, h*w, D) -> (B, G, M, M). The first layer
-    comes before the bilinear upsampling, which is the same function for 1/16 of the work: the weights of an
-    interpolation sum to 1."""
+    comes before the upsampling: the same function for 1/16 of the work, as an interpolation's weights sum to 1."""
 
     token = "x_norm_patchtokens"
 
@@ -196,8 +191,7 @@ class Policy(nn.Module):
         return self.head(self.encoder(images))  # (B, G) or (B, G, M, M)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Algorithm 1
+# Algorithm 1 ----------------------------------------------------------------------------------------------------------
 
 
 def make_optimizer(policy, args):
@@ -302,17 +296,15 @@ def train(policy, loader, validate, args, world):
 
 def load_policy(run_dir):
     """What a run of either task left in run_dir: the Policy in evaluation mode on the CPU, in float32; the transform of
-    a PIL image to its input (3, S, S) float32; the names of the classes. Raises InputError where that is no finished
-    run."""
+    a PIL image to its input (3, S, S) float32; the names of the classes. Raises InputError for no finished run."""
     run_dir, config = Path(run_dir), read_config(run_dir)
     if "method" not in config or not (run_dir / "backbone.pth").is_file():
         raise InputError(f"{run_dir} is no finished run of train_cls.py or train_seg.py; give the directory of one")
     backbone = load_backbone(config["backbone"], hub_repo=config["hub_repo"], weights=run_dir / "backbone.pth")
-    classes, hidden_dim = config["classes"], config["hidden_dim"]
+    sizes = backbone.embed_dim, len(config["classes"]), config["hidden_dim"]
+    head = ClassificationHead(*sizes)
     if config["task"] == "segmentation":
-        head = SegmentationHead(backbone.embed_dim, len(classes), hidden_dim, config["map_size"])
-    else:
-        head = ClassificationHead(backbone.embed_dim, len(classes), hidden_dim)
+        head = SegmentationHead(*sizes, config["map_size"])
     load_strictly(head, run_dir / "head.pth")
     policy = Policy(backbone, head).eval().requires_grad_(False)
-    return policy, input_transform(config), classes
+    return policy, input_transform(config), config["classes"]
