@@ -102,8 +102,8 @@ def grpo_rm_loss(
 
     r_acc = accuracy_reward(k, G).to(q.dtype)
     r_uni = uniformity_reward(q, k, uniformity)
-    rewards = accuracy_weight * r_acc + uniformity_weight * r_uni  # Eq. (6)
-    rewards[:, 0] -= background_penalty * G  # class 0 is the background
+    penalty = background_penalty * G * (torch.arange(G, device=q.device) == 0).to(q.dtype)  # (G,): of class 0 alone
+    rewards = accuracy_weight * r_acc + uniformity_weight * r_uni - penalty  # Eq. (6)
     advantages = group_advantages(rewards)  # (N, G)
     if ratio_floor:
         ratio = p / (q + ratio_floor / G)  # rho (N, G)
