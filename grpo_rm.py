@@ -270,9 +270,8 @@ def train(policy, loader, validate, args, world):
     run = Run(args, world, len(loader), policy=policy, old_policy=old_policy, optimizer=optimizer)
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # it would cut the policy's code, not the old policy's
-        policy.encoder.compile(dynamic=False)
-        if old_policy:
-            old_policy.encoder.compile(dynamic=False)
+        for network in filter(None, [policy, old_policy]):
+            network.encoder.compile(dynamic=False)
     encoder = data_parallel(policy)
     steps_per_epoch, step = len(loader), run.step
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
@@ -302,9 +301,10 @@ def load_policy(run_dir):
         raise InputError(f"{run_dir} is no finished run of train_cls.py or train_seg.py; give the directory of one")
     backbone = load_backbone(config["backbone"], hub_repo=config["hub_repo"], weights=run_dir / "backbone.pth")
     sizes = backbone.embed_dim, len(config["classes"]), config["hidden_dim"]
-    head = ClassificationHead(*sizes)
     if config["task"] == "segmentation":
         head = SegmentationHead(*sizes, config["map_size"])
+    else:
+        head = ClassificationHead(*sizes)
     load_strictly(head, run_dir / "head.pth")
     policy = Policy(backbone, head).eval().requires_grad_(False)
     return policy, input_transform(config), config["classes"]

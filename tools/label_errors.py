@@ -72,10 +72,10 @@ def main(argv=None):
     best, predictions = probabilities.max(1)
     of_label = probabilities.gather(1, labels[:, None])[:, 0]
     order = of_label.argsort(stable=True).tolist()
-    rows = []
+    names, rows = split.names, []
     for i in order:
         label, prediction = classes[labels[i]], classes[predictions[i]]
-        rows.append([split.names[i], label, f"{of_label[i]:.4f}", prediction, f"{best[i]:.4f}"])
+        rows.append([names[i], label, f"{of_label[i]:.4f}", prediction, f"{best[i]:.4f}"])
     with open(output / "label_errors.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["file", "label", "label_probability", "prediction", "prediction_probability"])
